@@ -1,0 +1,86 @@
+"""The table of block-sparse implementations, fastest first, and the rule that picks one.
+
+Each line of the table names a module-level `Implementation`, imported when it is first considered. An implementation
+says why it can't run a call (`rejections`); the automatic choice is the first that has no objection.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastvideo.block_sparse.pattern import BlockPattern
+
+Rejections = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[str, ...]]
+Forward = Callable[[Tensor, Tensor, Tensor, BlockPattern, float], tuple[Tensor, Tensor]]
+Backward = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, BlockPattern, float],
+    tuple[Tensor, Tensor, Tensor],
+]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of block-sparse attention. All tensors are in token order, BSHD.
+
+    Attributes:
+        rejections: `(query, key, value, pattern)` to every reason why it can't run; reads no values.
+        forward: `(query, key, value, pattern, scale)` to `(out, lse)`: out `[B, S, H, D]` contiguous in query's dtype,
+            lse `[B, S, H]` natural log in fp32 (fp64 for fp64).
+        backward: `(dout, dlse or None, query, key, value, out, lse, pattern, scale)` to `(dquery, dkey, dvalue)` in the
+            inputs' shapes and dtypes. With `delta = rowsum(dout * out) - dlse`, the gradient of the scores is
+            `exp(score - lse) * (dout @ value^T - delta)`.
+    """
+
+    rejections: Rejections
+    forward: Forward
+    backward: Backward
+
+
+IMPLEMENTATIONS: dict[str, str] = {
+    "reference": "fastvideo.block_sparse.impl.reference:IMPLEMENTATION",
+}
+
+
+@functools.cache
+def load_implementation(name: str) -> Implementation:
+    """Import the implementation that the table lists under `name`."""
+    module, _, attribute = IMPLEMENTATIONS[name].partition(":")
+    implementation = getattr(importlib.import_module(module), attribute)
+    if not isinstance(implementation, Implementation):
+        raise TypeError(f"expected {IMPLEMENTATIONS[name]} to be an Implementation, got {type(implementation)}")
+    return implementation
+
+
+def choose_implementation(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, name: str | None = None
+) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """Pick the implementation for a call.
+
+    Args:
+        query: `[B, S_q, Hq, D]`.
+        key: `[B, S_k, Hkv, D]`.
+        value: `[B, S_k, Hkv, D]`.
+        pattern: Which tiles see which.
+        name: The wanted implementation; None picks the first of the table that accepts.
+
+    Returns:
+        The chosen name, and for each one considered its reasons against (none for the chosen).
+
+    Raises:
+        ValueError: For a name that the table does not have.
+        NotImplementedError: When the named one, or every one, rejects; lists all reasons.
+    """
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown block-sparse implementation {name!r}; there are {sorted(IMPLEMENTATIONS)}")
+    trace: dict[str, tuple[str, ...]] = {}
+    for candidate in IMPLEMENTATIONS if name is None else (name,):
+        trace[candidate] = load_implementation(candidate).rejections(query, key, value, pattern)
+        if not trace[candidate]:
+            return candidate, trace
+    reasons = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in trace.items())
+    raise NotImplementedError(f"no block-sparse implementation can run this call: {reasons}")

@@ -1,0 +1,271 @@
+"""Which tiles of keys each tile of queries sees: the one description that the block-sparse engine runs.
+
+A sequence is cut into tiles by a `TileLayout`; a `BlockPattern` joins a layout of the queries and one of the keys with
+compact, ascending index lists. Tensors stay in token order: a layout may carry an `order` that says which token each
+packed row (tile after tile) is, so nothing has to be copied only to be permuted.
+
+Shape legend: B batch, H heads, S tokens, Nq / Nk query / key tiles, K width of the index lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TileLayout:
+    """How the `num_tokens` tokens of a sequence are cut into tiles of real tokens (no padding).
+
+    Tile `i` owns the packed rows `offsets[i] : offsets[i + 1]`; packed row `r` is token `order[r]`.
+    The plain integers repeat what the tensors say, so that no kernel launch has to wait for a device.
+
+    Args:
+        offsets: `[N + 1]` int32, ascending from 0 to `num_tokens`.
+        num_tokens: Tokens of the sequence.
+        max_size: Tokens of the largest tile.
+        is_uniform: Whether all tiles have `max_size` tokens.
+        order: `[num_tokens]` int32 permutation from packed row to token; None means the identity.
+
+    Example:
+        >>> layout = TileLayout.from_sizes([2, 3])
+        >>> layout.sizes.tolist(), layout.max_size, layout.is_uniform
+        ([2, 3], 3, False)
+    """
+
+    offsets: Tensor
+    num_tokens: int
+    max_size: int
+    is_uniform: bool
+    order: Tensor | None = None
+
+    @classmethod
+    def from_sizes(
+        cls, sizes: Sequence[int], *, order: Tensor | None = None, device: torch.device | str | None = None
+    ) -> TileLayout:
+        """Build a layout from tile sizes known on the host.
+
+        Args:
+            sizes: Tokens of each tile, all at least 1.
+            order: Permutation `[sum(sizes)]` from packed row to token, or None for the identity.
+            device: Where the tensors live; that of `order` by default, else the CPU.
+
+        Raises:
+            ValueError: For no tiles, a tile without tokens or an `order` of another length.
+        """
+        sizes = [int(size) for size in sizes]
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"expected one or more tiles of at least 1 token, got sizes={sizes[:16]}")
+        num_tokens = sum(sizes)
+        if order is not None:
+            if order.shape != (num_tokens,):
+                raise ValueError(f"expected order of shape ({num_tokens},), the sum of sizes, got {tuple(order.shape)}")
+            device = order.device if device is None else device
+            order = order.to(device=device, dtype=torch.int32)
+        ends = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
+        return cls(
+            offsets=ends.to(device=device, dtype=torch.int32),
+            num_tokens=num_tokens,
+            max_size=max(sizes),
+            is_uniform=min(sizes) == max(sizes),
+            order=order,
+        )
+
+    @classmethod
+    def uniform(cls, num_tokens: int, tile_size: int, *, device: torch.device | str | None = None) -> TileLayout:
+        """Cut `num_tokens` consecutive tokens into tiles of `tile_size`; the last one takes the rest.
+
+        Example:
+            >>> TileLayout.uniform(10, 4).sizes.tolist()
+            [4, 4, 2]
+        """
+        if num_tokens < 1 or tile_size < 1:
+            raise ValueError(f"expected num_tokens >= 1 and tile_size >= 1, got {num_tokens=}, {tile_size=}")
+        full, rest = divmod(num_tokens, tile_size)
+        return cls.from_sizes([tile_size] * full + ([rest] if rest else []), device=device)
+
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles, N."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens of each tile, `[N]` int32."""
+        return self.offsets.diff()
+
+    def tile_of_token(self) -> Tensor:
+        """Tile of each token, `[num_tokens]` int64, in token order."""
+        tiles = torch.arange(self.num_tiles, device=self.offsets.device)
+        packed = torch.repeat_interleave(tiles, self.sizes, output_size=self.num_tokens)
+        if self.order is None:
+            return packed
+        return torch.empty_like(packed).scatter_(0, self.order.long(), packed)
+
+
+class InvertedLists(NamedTuple):
+    """For each key tile the query tiles that see it, ascending, in compressed rows.
+
+    The query tiles of key tile `j` (of batch `b`, head `h`) are
+    `query_tiles[b, h, offsets[b, h, j] : offsets[b, h, j + 1]]`; what follows the last one is undefined.
+
+    Attributes:
+        offsets: `[B|1, H|1, Nk + 1]` int32.
+        query_tiles: `[B|1, H|1, Nq * K]` int32.
+    """
+
+    offsets: Tensor
+    query_tiles: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern:
+    """For each query tile the key tiles it sees.
+
+    Query tile `i` (of batch `b`, head `h`) sees the key tiles `indices[b, h, i, : counts[b, h, i]]`, which ascend and
+    are distinct; entries behind the count carry no meaning. A count of 0 is legal: such queries get output 0 and
+    log-sum-exp -inf. `H` counts query heads. Construction checks shapes only; `validate` also reads the values.
+
+    Args:
+        query_tiles: Layout of the queries, Nq tiles.
+        key_tiles: Layout of the keys, Nk tiles.
+        indices: `[B|1, H|1, Nq, K]` int32.
+        counts: `[B|1, H|1, Nq]` int32; None means that all K entries count.
+
+    Raises:
+        TypeError: For index tensors that are not int32.
+        ValueError: For shapes or devices that do not fit together.
+
+    Example:
+        >>> layout = TileLayout.uniform(8, 4)
+        >>> pattern = BlockPattern.from_mask(torch.tensor([[True, False], [True, True]]), layout, layout)
+        >>> pattern.counts.tolist(), pattern.indices[0, 0, 1].tolist()
+        ([[[1, 2]]], [0, 1])
+    """
+
+    query_tiles: TileLayout
+    key_tiles: TileLayout
+    indices: Tensor
+    counts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        indices, counts = self.indices, self.counts
+        if indices.dtype != torch.int32 or (counts is not None and counts.dtype != torch.int32):
+            raise TypeError(
+                f"expected int32 indices and counts, got {indices.dtype}"
+                + (f" and {counts.dtype}" if counts is not None else "")
+            )
+        num_query_tiles = self.query_tiles.num_tiles
+        if indices.ndim != 4 or indices.shape[2] != num_query_tiles or indices.shape[3] < 1:
+            raise ValueError(
+                f"expected indices [B|1, H|1, Nq={num_query_tiles}, K>=1], got shape {tuple(indices.shape)}"
+            )
+        if counts is not None and counts.shape != indices.shape[:3]:
+            raise ValueError(f"expected counts of shape {tuple(indices.shape[:3])}, got {tuple(counts.shape)}")
+        devices = {
+            t.device
+            for t in (indices, counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
+            if t is not None
+        }
+        if len(devices) > 1:
+            raise ValueError(f"expected all tensors of a pattern on one device, got {sorted(map(str, devices))}")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, query_tiles: TileLayout, key_tiles: TileLayout) -> BlockPattern:
+        """Build a pattern from a bool tile mask, True = sees. Reads the mask on the host.
+
+        Args:
+            mask: `[Nq, Nk]`, or `[B|1, H|1, Nq, Nk]`.
+            query_tiles: Layout of the queries.
+            key_tiles: Layout of the keys.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"expected a bool tile mask, got {mask.dtype}")
+        if mask.ndim == 2:
+            mask = mask[None, None]
+        expected = (query_tiles.num_tiles, key_tiles.num_tiles)
+        if mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
+            raise ValueError(f"expected a tile mask [B|1, H|1, Nq, Nk] ending in {expected}, got {tuple(mask.shape)}")
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = max(1, int(counts.max()))
+        indices = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width].to(torch.int32)
+        is_listed = torch.arange(width, device=mask.device) < counts[..., None]
+        return cls(query_tiles, key_tiles, indices.masked_fill(~is_listed, 0), counts)
+
+    @classmethod
+    def from_indices(
+        cls, indices: Tensor, query_tiles: TileLayout, key_tiles: TileLayout, *, counts: Tensor | None = None
+    ) -> BlockPattern:
+        """Build a pattern from index lists and check their values. Reads the lists on the host.
+
+        Args:
+            indices: Ascending lists `[Nq, K]`, or `[B|1, H|1, Nq, K]`, any integer type.
+            query_tiles: Layout of the queries.
+            key_tiles: Layout of the keys.
+            counts: `indices.shape[:-1]`, how many entries of each list count; None means all.
+
+        Raises:
+            ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`.
+        """
+        if indices.ndim == 2:
+            indices = indices[None, None]
+            counts = counts[None, None] if counts is not None else None
+        pattern = cls(
+            query_tiles, key_tiles, indices.to(torch.int32), counts.to(torch.int32) if counts is not None else None
+        )
+        pattern.validate()
+        return pattern
+
+    @property
+    def _orders(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.query_tiles.order, self.key_tiles.order
+
+    def is_listed(self) -> Tensor:
+        """Which entries of `indices` count, bool, `[B|1, H|1, Nq, K]`."""
+        if self.counts is None:
+            return torch.ones_like(self.indices, dtype=torch.bool)
+        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+
+    def validate(self) -> None:
+        """Check the values of the lists; reads them on the host.
+
+        Raises:
+            ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`.
+        """
+        width, num_key_tiles = self.indices.shape[-1], self.key_tiles.num_tiles
+        if self.counts is not None and bool(((self.counts < 0) | (self.counts > width)).any()):
+            raise ValueError(
+                f"expected counts in [0, {width}], got {int(self.counts.min())} to {int(self.counts.max())}"
+            )
+        listed = self.is_listed()
+        inside = (self.indices >= 0) & (self.indices < num_key_tiles)
+        if not bool((inside | ~listed).all()):
+            wrong = self.indices[listed & ~inside]
+            raise ValueError(f"expected key tiles in [0, {num_key_tiles}), got {int(wrong[0])}")
+        if not bool(((self.indices.diff(dim=-1) > 0) | ~listed[..., 1:]).all()):
+            raise ValueError("expected strictly ascending key tiles in every list; sort the lists and drop duplicates")
+
+    def tile_mask(self) -> Tensor:
+        """The bool tile mask, `[B|1, H|1, Nq, Nk]`, True = sees."""
+        num_key_tiles = self.key_tiles.num_tiles
+        target = torch.where(self.is_listed(), self.indices, num_key_tiles).long()
+        mask = torch.zeros(*self.indices.shape[:3], num_key_tiles + 1, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter_(-1, target, True)[..., :num_key_tiles]
+
+    def token_mask(self) -> Tensor:
+        """The dense bool mask in token order, `[B|1, H|1, S_q, S_k]`, True = attends; for references and tests."""
+        tiles = self.tile_mask()
+        return tiles[:, :, self.query_tiles.tile_of_token()][..., self.key_tiles.tile_of_token()]
+
+    def invert(self) -> InvertedLists:
+        """For each key tile the query tiles that see it, ascending: the order is fixed, and no host waits."""
+        width, num_key_tiles = self.indices.shape[-1], self.key_tiles.num_tiles
+        key = torch.where(self.is_listed(), self.indices, num_key_tiles).flatten(2)
+        key, entry = key.sort(dim=-1, stable=True)
+        bounds = torch.arange(num_key_tiles + 1, dtype=torch.int32, device=key.device)
+        offsets = torch.searchsorted(key, bounds.expand(*key.shape[:2], -1).contiguous(), out_int32=True)
+        return InvertedLists(offsets, (entry // width).to(torch.int32))
