@@ -73,11 +73,12 @@ class _Projections(nn.Module):
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query `[B, S, H, D]`, key and value `[B, S_context, H, D]` in one dtype."""
         heads = (self.num_heads, -1)
-        value: Tensor = self.to_v(context).unflatten(-1, heads)
-        # Under autocast the norm returns float32.
-        query = self.norm_q(self.to_q(x)).to(value.dtype).unflatten(-1, heads)
-        key = self.norm_k(self.to_k(context)).to(value.dtype).unflatten(-1, heads)
-        return query, key, value
+        value: Tensor = self.to_v(context)
+        # The norms' weights are wider than the products under autocast.
+        wide = self.norm_q.weight.dtype
+        query = self.norm_q(self.to_q(x).to(wide)).to(value.dtype)
+        key = self.norm_k(self.to_k(context).to(wide)).to(value.dtype)
+        return query.unflatten(-1, heads), key.unflatten(-1, heads), value.view(*value.shape[:2], *heads)
 
     def project_out(self, out: Tensor) -> Tensor:
         """Map attention output `[B, S, H, D]` to `[B, S, C]`."""

@@ -40,10 +40,11 @@ def patchify(video: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
         tensor([[[0., 1., 4., 5.],
                  [2., 3., 6., 7.]]])
     """
-    for axis, edge in enumerate(patch_size):
-        video = video.unflatten(2 + 2 * axis, (-1, edge))
+    p_t, p_y, p_x = patch_size
+    batch, channels, frames, rows, columns = video.shape
+    split = video.reshape(batch, channels, frames // p_t, p_t, rows // p_y, p_y, columns // p_x, p_x)
     # [B, C, T, p_t, Y, p_y, X, p_x] -> [B, T, Y, X, C, p_t, p_y, p_x]
-    return video.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+    return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def unpatchify(patches: Tensor, grid_tyx: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
@@ -59,13 +60,13 @@ def unpatchify(patches: Tensor, grid_tyx: tuple[int, int, int], patch_size: tupl
         `[B, C, T * p_t, Y * p_y, X * p_x]`.
 
     Example:
-        >>> unpatchify(torch.tensor([[[0., 1., 4., 5.], [2., 3., 6., 7.]]]), (1, 1, 2), (1, 2, 2)).flatten(0, 2)
+        >>> unpatchify(torch.tensor([[[0., 1., 4., 5.], [2., 3., 6., 7.]]]), (1, 1, 2), (1, 2, 2)).flatten(0, 3)
         tensor([[0., 1., 2., 3.],
                 [4., 5., 6., 7.]])
     """
-    video = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid_tyx)
+    split = patches.reshape(patches.shape[0], *grid_tyx, *patch_size, -1)
     # [B, T, Y, X, p_t, p_y, p_x, C] -> [B, C, T, p_t, Y, p_y, X, p_x]
-    return video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return split.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def rotary_tables(grid_tyx: tuple[int, int, int], head_size: int, device: torch.device) -> RotaryTables:
@@ -118,7 +119,7 @@ def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
         tensor([[[[0., 1.]]]])
     """
     cos, sin = tables
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
