@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from fastvideo.attention.rope import apply_rope
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
-from fastvideo.models.wan.embeddings import apply_rotary, patchify, rotary_tables, sinusoidal_embedding, unpatchify
+from fastvideo.models.wan.embeddings import patchify, rotary_tables, sinusoidal_embedding, unpatchify
 
 TINY = WanConfig(
     patch_size=(1, 2, 2),
@@ -65,7 +66,7 @@ def test_patches_are_a_convolution_and_join_again():
 def test_rotary_scores_depend_on_the_offset_alone():
     cos, sin = rotary_tables((3, 4, 5), 22, torch.device("cpu"))
     vectors = torch.randn(2, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    query, key = (apply_rotary(v.expand(1, 60, 1, 22), (cos, sin)).view(3, 4, 5, 22) for v in vectors)
+    query, key = (apply_rope(v.expand(1, 60, 1, 22), (cos, sin)).view(3, 4, 5, 22) for v in vectors)
     assert torch.equal(query[0, 0, 0], vectors[0])
     offset = (query[0, 1, 1] @ key[2, 0, 4]).item()
     assert (query[0, 3, 0] @ key[2, 2, 3]).item() == pytest.approx(offset, rel=1e-12)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvideo.attention.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
 from fastvideo.models.wan.config import WanConfig
-from fastvideo.models.wan.embeddings import RotaryTables, apply_rotary
+from fastvideo.models.wan.embeddings import RotaryTables
 
 
 def widen(x: Tensor) -> Tensor:
@@ -104,19 +104,18 @@ class WanSelfAttention(_Projections):
 
         Args:
             x: `[B, S, C]`.
-            rotary: Cosines and sines for these tokens, each `[1, S, 1, D / 2]`.
+            rotary: Cosines and sines for these tokens, each `[S, D / 2]`.
             gate: `[B, S, C]`, the gate of the coarse part of Video Sparse Attention, or None without one.
 
         Returns:
             `[B, S, C]`.
         """
         query, key, value = self.project(x, x)
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if gate is None:
-            out, _ = self.attention(query, key, value)
+            out, _ = self.attention(query, key, value, freqs_cis=rotary)
         else:
             gate = gate.to(value.dtype).view(value.shape)
-            out, _ = self.attention(query, key, value, gate_compress=gate)
+            out, _ = self.attention(query, key, value, gate_compress=gate, freqs_cis=rotary)
         return self.project_out(out)
 
 
@@ -201,7 +200,7 @@ class WanTransformerBlock(nn.Module):
             x: `[B, S, C]`.
             text: `[B, L, C]`.
             modulation: `[B, 6, C]`: shift, scale and gate of self attention, then of the feed-forward layers.
-            rotary: Cosines and sines for these tokens, each `[1, S, 1, D / 2]`.
+            rotary: Cosines and sines for these tokens, each `[S, D / 2]`.
             text_mask: Key padding `[B, L]`, bool, or None.
 
         Returns:

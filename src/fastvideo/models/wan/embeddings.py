@@ -81,11 +81,11 @@ def rotary_tables(grid_tyx: tuple[int, int, int], head_size: int, device: torch.
         device: Where to build the tables.
 
     Returns:
-        Cosines and sines, each `[1, S, 1, head_size / 2]`, in `widest_dtype(device)`, in raster order.
+        Cosines and sines, each `[S, head_size / 2]`, in `widest_dtype(device)`, tokens in raster order.
 
     Example:
         >>> cos, sin = rotary_tables((1, 1, 3), 6, torch.device("cpu"))
-        >>> cos[0, :, 0].round(decimals=4)  # the last pair belongs to the columns
+        >>> cos.round(decimals=4)  # the last pair belongs to the columns
         tensor([[ 1.0000,  1.0000,  1.0000],
                 [ 1.0000,  1.0000,  0.5403],
                 [ 1.0000,  1.0000, -0.4161]], dtype=torch.float64)
@@ -99,28 +99,8 @@ def rotary_tables(grid_tyx: tuple[int, int, int], head_size: int, device: torch.
         shape = [1, 1, 1, dim // 2]
         shape[axis] = grid_tyx[axis]
         angles.append(axis_angles.view(shape).expand(*grid_tyx, dim // 2))
-    angle = torch.cat(angles, dim=-1).reshape(1, math.prod(grid_tyx), 1, head_size // 2)
+    angle = torch.cat(angles, dim=-1).reshape(math.prod(grid_tyx), head_size // 2)
     return angle.cos(), angle.sin()
-
-
-def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotate neighbouring channel pairs of queries or keys, in real arithmetic.
-
-    Args:
-        x: `[B, S, H, D]`.
-        tables: Cosines and sines, each `[1, S, 1, D / 2]`; products are taken in the wider of the two dtypes.
-
-    Returns:
-        `[B, S, H, D]` in the dtype of `x`.
-
-    Example:
-        >>> quarter_turn = (torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-        >>> apply_rotary(torch.tensor([[[[1.0, 0.0]]]]), quarter_turn)
-        tensor([[[[0., 1.]]]])
-    """
-    cos, sin = tables
-    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def sinusoidal_embedding(timestep: Tensor, num_channels: int) -> Tensor:

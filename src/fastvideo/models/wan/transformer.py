@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.distributed import gather_sequence, shard_sequence
 from fastvideo.forward_context import checkpoint
 from fastvideo.models.wan.blocks import WanTransformerBlock, WideLayerNorm, modulate, widen
 from fastvideo.models.wan.checkpoint import cast_weights, read_config, read_weights, write_folder
@@ -30,7 +31,8 @@ class WanTransformer3DModel(nn.Module):
     Video Sparse Attention at sparsity 0 equals the dense model.
 
     Where sequence parallelism is active, every rank is given the whole input, computes its share of the tokens and
-    returns the whole output.
+    returns the whole output. A parameter's gradient is then the sum over ranks of what each rank computes, under the
+    convention that the global loss is the sum of the ranks' losses (give each rank its share of the loss).
 
     Attributes:
         config: The configuration the model was built from.
@@ -110,14 +112,14 @@ class WanTransformer3DModel(nn.Module):
         self._check_shapes(hidden_states, timestep, encoder_hidden_states, encoder_attention_mask)
         grid_tyx = self._grid_tyx(tuple(hidden_states.shape[2:]))
 
+        # Sharded before any weight is used, so that every parameter's gradient is this rank's share of the sum.
+        patches = shard_sequence(patchify(hidden_states, config.patch_size), 1)
         weight = self.patch_embedding.weight
-        x = F.linear(patchify(hidden_states, config.patch_size), weight.flatten(1), self.patch_embedding.bias)
         # Under autocast the products are narrow; the sum over blocks stays in the dtype of the weights.
-        x = x.to(weight.dtype)
+        x = F.linear(patches, weight.flatten(1), self.patch_embedding.bias).to(weight.dtype)
         wide = widen(x).dtype
         cos, sin = rotary_tables(grid_tyx, config.attention_head_dim, x.device)
-        rotary = (_shard_tokens(cos.to(wide)), _shard_tokens(sin.to(wide)))
-        x = _shard_tokens(x)
+        rotary = (shard_sequence(cos.to(wide), 0), shard_sequence(sin.to(wide), 0))
         time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
 
         for block in self.blocks:
@@ -128,7 +130,7 @@ class WanTransformer3DModel(nn.Module):
 
         shift, scale = (widen(self.scale_shift_table) + widen(time)[:, None]).chunk(2, dim=1)
         patches = self.proj_out(modulate(self.norm_out, x, scale, shift)).to(weight.dtype)
-        return unpatchify(_gather_tokens(patches), grid_tyx, config.patch_size)
+        return unpatchify(gather_sequence(patches, 1), grid_tyx, config.patch_size)
 
     def attention_metadata(
         self,
@@ -279,25 +281,3 @@ class WanTransformer3DModel(nn.Module):
                 )
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"encoder_attention_mask must be bool (True = attend), got {mask.dtype}: pass mask.bool().")
-
-
-def _shard_tokens(x: Tensor) -> Tensor:
-    """Return this rank's share of `[B, S, ...]`; all of it without sequence parallelism."""
-    from fastvideo.distributed import sequence_parallel_world, shard_sequence
-
-    _, size = sequence_parallel_world()
-    if size == 1:
-        return x
-    shard: Tensor = shard_sequence(x, 1)
-    return shard
-
-
-def _gather_tokens(x: Tensor) -> Tensor:
-    """Return `[B, S, ...]` of all ranks from this rank's share."""
-    from fastvideo.distributed import gather_sequence, sequence_parallel_world
-
-    _, size = sequence_parallel_world()
-    if size == 1:
-        return x
-    whole: Tensor = gather_sequence(x, 1)
-    return whole
