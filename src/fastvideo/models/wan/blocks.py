@@ -120,11 +120,16 @@ class WanSelfAttention(_Projections):
 
 
 class WanCrossAttention(_Projections):
-    """Cross attention from video tokens to text tokens, which every rank holds in full."""
+    """Cross attention from video tokens to text tokens, which every rank holds in full.
 
-    def __init__(self, config: WanConfig) -> None:
+    Args:
+        config: The model's configuration.
+        prefix: The layer's name within the model.
+    """
+
+    def __init__(self, config: WanConfig, prefix: str) -> None:
         super().__init__(config)
-        self.attention = LocalAttention(config.num_attention_heads, config.attention_head_dim)
+        self.attention = LocalAttention(config.num_attention_heads, config.attention_head_dim, prefix=prefix)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Attend to the text.
@@ -186,7 +191,7 @@ class WanTransformerBlock(nn.Module):
         self.attn1 = WanSelfAttention(config, prefix=f"blocks.{index}.attn1")
         self.to_gate_compress = nn.Linear(dim, dim) if config.has_gate else None
         self.norm2 = WideLayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
-        self.attn2 = WanCrossAttention(config)
+        self.attn2 = WanCrossAttention(config, prefix=f"blocks.{index}.attn2")
         self.norm3 = WideLayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
