@@ -1,0 +1,170 @@
+"""`explain`: for a call described by its shapes, every backend with "runs" or every reason why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastvideo.attention.registry import backend_name
+from fastvideo.attention.request import MASK_KINDS, AttentionRequest
+from fastvideo.attention.selector import BackendWish, Decision, Wish, choose, resolve_wish
+from fastvideo.attention.validation import check_causal_lengths, check_dropout, check_scale, check_sizes
+from fastvideo.forward_context import thread_state
+from fastvideo.platforms import System, current_platform, describe_system
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: data, whose string is a table.
+
+    Attributes:
+        decision: The choice and one verdict per backend.
+        notes: What else a user should know about this installation.
+    """
+
+    decision: Decision
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> str | None:
+        """Name of the backend that would run, or `None`."""
+        return self.decision.chosen
+
+    def reasons(self, backend: BackendWish) -> tuple[str, ...]:
+        """Return the reasons against one backend; none means it accepts."""
+        name = backend_name(backend)
+        return next((verdict.reasons for verdict in self.decision.trace if verdict.backend == name), ())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values that `json` can write."""
+        request = asdict(self.decision.request)
+        request["dtype"] = str(request["dtype"]).removeprefix("torch.")
+        request["metadata_cls"] = None
+        wish = self.decision.wish
+        return {
+            "request": request,
+            "wish": None if wish is None else asdict(wish),
+            "chosen": self.chosen,
+            "backends": [{**asdict(verdict), "accepts": verdict.accepts} for verdict in self.decision.trace],
+            "notes": [*self.decision.notes, *self.notes],
+        }
+
+    def __str__(self) -> str:
+        rows = [("backend", "verdict", "expected", "why")]
+        for verdict in self.decision.trace:
+            word = "chosen" if verdict.backend == self.chosen else "accepts" if verdict.accepts else "rejects"
+            speed = f"{verdict.expected_speed:.0f} TFLOP/s" if verdict.accepts and verdict.expected_speed else ""
+            why = list(verdict.reasons)
+            if verdict.accepts and not verdict.exact:
+                why = ["runs only when named: its result is not dense attention"]
+            rows += [(verdict.backend, word, speed, why[0] if why else "")]
+            rows += [("", "", "", reason) for reason in why[1:]]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        padded = [[*map(str.ljust, row[:3], widths), row[3]] for row in rows]
+        lines = ["  ".join(cells).rstrip() for cells in padded]
+        lines.insert(1, "-" * max(map(len, lines)))
+        notes = [f"note: {note}" for note in (*self.decision.notes, *self.notes)]
+        return "\n".join([f"machine: {self.decision.request.system}", *lines, *notes])
+
+
+def explain(
+    *,
+    heads: int,
+    head_size: int,
+    seq: int,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device: str | None = None,
+    system: System | str | None = None,
+    backend: BackendWish | None = None,
+    kv_heads: int | None = None,
+    kv_seq: int | None = None,
+    batch: int = 1,
+    scale: float | None = None,
+    causal: bool = False,
+    mask: str | None = None,
+    dropout_p: float = 0.0,
+    needs_grad: bool = False,
+    needs_lse: bool = False,
+    has_gate: bool = False,
+) -> Explanation:
+    """Say which backend would run a call and why the others wouldn't, from shapes alone.
+
+    Args:
+        heads: Query heads.
+        head_size: Size of a head.
+        seq: Query tokens.
+        dtype: A torch dtype or its name.
+        device: Device type on this machine; `None` means its fastest.
+        system: Another machine: a `System`, or a text such as `"H200, no flash-attn"` (see `describe_system`).
+        backend: The backend asked for by name; `None` follows scope, environment, then automatic selection.
+        kv_heads: Key and value heads; `None` means `heads`.
+        kv_seq: Key tokens; `None` means `seq`.
+        batch: Batch size.
+        scale: Factor of the scores.
+        causal: Each query sees only keys up to its own position.
+        mask: `None`, `"key_padding"`, `"bool"` or `"additive"`.
+        dropout_p: Dropout probability.
+        needs_grad: A backward pass follows.
+        needs_lse: The log-sum-exp is asked for.
+        has_gate: A gate for the coarse part of sparse attention is handed over.
+
+    Raises:
+        TypeError: `dtype` names no dtype.
+        ValueError: A size is out of range, the device isn't here, or the text describes no known machine.
+        UnknownBackend: No backend has that name.
+
+    Example:
+        >>> explain(heads=40, head_size=128, seq=75600, system="H200, torch only").chosen
+        'TORCH_SDPA'
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    kv_seq = seq if kv_seq is None else kv_seq
+    check_sizes(heads, kv_heads, head_size)
+    check_scale(scale)
+    check_dropout(dropout_p)
+    if min(seq, kv_seq, batch) < 1:
+        raise ValueError(f"expected seq, kv_seq and batch >= 1, got {seq}, {kv_seq} and {batch}")
+    if mask is not None and mask not in MASK_KINDS:
+        raise ValueError(f"expected mask as None or one of {', '.join(MASK_KINDS)}, got {mask!r}")
+    if causal:
+        check_causal_lengths(seq, kv_seq)
+    machine = _machine(system, device)
+    request = AttentionRequest(
+        heads, kv_heads, head_size, seq, kv_seq, _dtype(dtype), machine.device_type, batch, scale, causal, mask,
+        dropout_p=dropout_p, needs_grad=needs_grad, needs_lse=needs_lse, has_gate=has_gate, system=machine,
+    )  # fmt: skip
+    wish: Wish | None
+    wish, notes = resolve_wish(backend, None, thread_state.backend_wish, None)
+    return Explanation(choose(request, wish, None, notes), _installation_notes())
+
+
+def _machine(system: System | str | None, device: str | None) -> System:
+    if system is None:
+        return current_platform(None if device is None else torch.device(device).type)
+    machine = describe_system(system) if isinstance(system, str) else system
+    if device is not None and torch.device(device).type != machine.device_type:
+        raise ValueError(f"expected a device of type {machine.device_type!r} for {machine.device_name}, got {device!r}")
+    return machine
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"expected a torch dtype or its name, such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def _installation_notes() -> tuple[str, ...]:
+    try:
+        other = importlib.metadata.version("fastvideo")
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    return (
+        f"the distribution 'fastvideo' {other} is installed too and owns the same import name as 'fastvideo-attention'; "
+        "keep one of them: pip uninstall fastvideo",
+    )

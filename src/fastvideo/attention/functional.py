@@ -1,0 +1,251 @@
+"""`attention()`: one attention call on one device, by whichever backend is asked for or fits best."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, overload
+
+import torch
+
+from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.attention.dispatch import Dispatcher, Selected, find_metadata
+from fastvideo.attention.request import AttentionRequest
+from fastvideo.attention.selector import BackendWish
+from fastvideo.attention.validation import (
+    autocast,
+    check_causal_lengths,
+    check_dropout,
+    check_qkv,
+    check_scale,
+    mask_kind,
+)
+
+__all__ = ["attention"]
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    return_lse: Literal[False] = ...,
+    backend: BackendWish | None = ...,
+    attn_metadata: AttentionMetadata | None = ...,
+    out: torch.Tensor | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    return_lse: Literal[True],
+    backend: BackendWish | None = ...,
+    attn_metadata: AttentionMetadata | None = ...,
+    out: torch.Tensor | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: BackendWish | None = None,
+    attn_metadata: AttentionMetadata | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return `softmax(scale * query @ key^T + mask) @ value`, exactly as asked or not at all.
+
+    Args:
+        query: `[B, S_q, H, D]` in float16, bfloat16, float32 or float64.
+        key: `[B, S_kv, H_kv, D]`.
+        value: `[B, S_kv, H_kv, D]`.
+        attn_mask: Key padding, bool `[B, S_kv]`; or bool (True attends) or additive, in query's dtype,
+            `[B|1, H|1, S_q, S_kv]`.
+        dropout_p: Probability of dropping an attention weight.
+        is_causal: Each query sees only keys up to its own position; needs `S_q == S_kv`.
+        scale: Any finite number; `None` means `D ** -0.5`.
+        enable_gqa: Allow fewer key and value heads than query heads; query head h reads key head `h // (H / H_kv)`.
+        return_lse: Return the log-sum-exp of the scores too, `[B, S_q, H]`, natural logarithm, fp32 (fp64 for fp64).
+        backend: Name of the backend to run; it runs or raises. `None` follows scope, environment, then the fastest exact.
+        attn_metadata: Step metadata for a sparse backend; `None` takes it from the forward context.
+        out: A buffer like query for the output, where the backend accepts one. Inference only.
+
+    Returns:
+        The output, `[B, S_q, H, D]`; with `return_lse`, the pair of output and log-sum-exp. A query with nothing to attend
+        to gets output 0 and log-sum-exp minus infinity.
+
+    Raises:
+        TypeError: A dtype or a type is wrong.
+        ValueError: A shape, a device or a value is wrong, or needed metadata is missing.
+        NotImplementedError: Causal attention between unequal lengths.
+        UnknownBackend: No backend has that name.
+        BackendUnavailable: The backend asked for can't run this, or none can; the message has every reason.
+
+    Example:
+        >>> query, key = torch.randn(1, 8, 4, 32), torch.randn(1, 16, 2, 32)
+        >>> out, lse = attention(query, key, key, enable_gqa=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 8, 4, 32]), torch.Size([1, 8, 4]))
+    """
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)  # type: ignore[assignment]
+    check_qkv(query, key, value)
+    check_scale(scale)
+    check_dropout(dropout_p)
+    if query.shape[2] != key.shape[2] and not enable_gqa:
+        raise ValueError(
+            f"expected as many key heads as query heads, got {key.shape[2]} and {query.shape[2]}; "
+            "pass enable_gqa=True for grouped-query attention"
+        )
+    if is_causal:
+        check_causal_lengths(query.shape[1], key.shape[1])
+    kind = mask_kind(attn_mask, tuple(query.shape), key.shape[1], query)
+    if out is not None and (out.shape != query.shape or out.dtype != query.dtype or out.device != query.device):
+        raise ValueError(f"expected out like query, {tuple(query.shape)} {query.dtype}, got {tuple(out.shape)} {out.dtype}")
+    softmax_scale = float(query.shape[3] ** -0.5 if scale is None else scale)
+    dispatcher = _DISPATCHERS[_dispatcher_for(int(query.shape[3]), softmax_scale, is_causal)]
+    request = make_request(
+        query, key, value, attn_mask, kind, softmax_scale, is_causal,
+        dropout_p=dropout_p, return_lse=return_lse, out=out,
+    )  # fmt: skip
+    selected = dispatcher.select(request, backend)
+    metadata = find_metadata(selected, attn_metadata)
+    extras = forward_extras(attn_mask=attn_mask, dropout_p=dropout_p or None, return_lse=return_lse or None, out=out)
+    result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = run_impl(selected, (query, key, value), metadata, extras)
+    return result
+
+
+def make_request(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    kind: str | None,
+    softmax_scale: float,
+    is_causal: bool,
+    *,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    gate: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    num_replicated: int = 0,
+    world_size: int = 1,
+) -> AttentionRequest:
+    """Describe a call on checked tensors, as the backend will see it after heads are exchanged over `world_size` devices.
+
+    Lengths of `query` and `key` are those of this device's shard, without the replicated tokens.
+    """
+    mask_needs_grad = attn_mask is not None and attn_mask.requires_grad
+    inputs_need_grad = query.requires_grad or key.requires_grad or value.requires_grad or mask_needs_grad
+    needs_grad = torch.is_grad_enabled() and (inputs_need_grad or (gate is not None and gate.requires_grad))
+    return AttentionRequest(
+        num_heads=query.shape[2] // world_size,
+        num_kv_heads=key.shape[2] // world_size,
+        head_size=query.shape[3],
+        query_len=query.shape[1] * world_size + num_replicated,
+        key_len=key.shape[1] * world_size + num_replicated,
+        dtype=query.dtype,
+        device=query.device.type,
+        batch=query.shape[0],
+        scale=softmax_scale,
+        is_causal=is_causal,
+        mask=kind,
+        mask_needs_grad=mask_needs_grad and needs_grad,
+        dropout_p=dropout_p,
+        needs_grad=needs_grad,
+        needs_lse=return_lse,
+        has_gate=gate is not None,
+        has_out=out is not None,
+        num_replicated=num_replicated,
+        layout="local" if world_size == 1 else "ulysses",
+    )
+
+
+def forward_extras(**values: Any) -> dict[str, Any]:
+    """Return the keyword arguments that a call really asks for, so that a minimal `forward` isn't handed the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def run_impl(
+    selected: Selected,
+    tensors: tuple[torch.Tensor, ...],
+    metadata: AttentionMetadata | None,
+    extras: dict[str, Any],
+    replicated: tuple[torch.Tensor, ...] | None = None,
+) -> Any:
+    """Run preprocess, forward and postprocess of an implementation on one device.
+
+    Args:
+        selected: What runs.
+        tensors: Query, key and value, and the gate if there is one.
+        metadata: The step's metadata.
+        extras: Keyword arguments of `forward`.
+        replicated: Replicated query, key and value, joined after the first hook.
+
+    Returns:
+        What `forward` returns; with `replicated`, the pair of sequence part and replicated part.
+    """
+    impl: Any = selected.impl  # its keyword arguments are those of its backend
+    if selected.has_preprocess:
+        tensors = _preprocess(impl, tensors, metadata)
+    query, key, value, *gate = tensors
+    if gate:
+        extras = {**extras, "gate_compress": gate[0]}
+    if replicated is None:
+        result = impl.forward(query, key, value, metadata, **extras)
+        if not selected.has_postprocess:
+            return result
+        if isinstance(result, tuple):
+            return impl.postprocess_output(result[0], metadata), *result[1:]
+        return impl.postprocess_output(result, metadata)
+    length = query.shape[1]
+    if "num_replicated" in selected.keywords:
+        extras = {**extras, "num_replicated": replicated[0].shape[1]}
+    joined = [torch.cat(pair, dim=1) for pair in zip((query, key, value), replicated, strict=True)]
+    output = impl.forward(*joined, metadata, **extras)
+    sequence, rest = output[:, :length], output[:, length:]
+    if selected.has_postprocess:
+        sequence = impl.postprocess_output(sequence, metadata)
+    return sequence, rest
+
+
+def _preprocess(impl: Any, tensors: tuple[torch.Tensor, ...], metadata: AttentionMetadata | None) -> tuple[torch.Tensor, ...]:
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        stacked = impl.preprocess_qkv(torch.cat(tensors, dim=0), metadata)
+        return tuple(stacked.chunk(len(tensors), dim=0))
+    return tuple(impl.preprocess_qkv(tensor, metadata) for tensor in tensors)
+
+
+_DISPATCHERS: dict[int, Dispatcher] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _dispatcher_for(head_size: int, softmax_scale: float, is_causal: bool) -> int:
+    dispatcher = _new_dispatcher(head_size, softmax_scale, is_causal)
+    _DISPATCHERS[dispatcher.token] = dispatcher
+    return dispatcher.token
+
+
+@functools.cache
+def _new_dispatcher(head_size: int, softmax_scale: float, is_causal: bool) -> Dispatcher:
+    return Dispatcher(head_size=head_size, softmax_scale=softmax_scale, causal=is_causal)

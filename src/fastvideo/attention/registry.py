@@ -1,0 +1,165 @@
+"""Names of backends and where their classes live.
+
+Built-ins, classes registered at run time, and classes that installed packages announce under the entry-point group
+`fastvideo.attention_backends`. Nothing is imported before a name is resolved.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+from dataclasses import dataclass
+
+from fastvideo.attention.backends.abstract import AttentionBackend
+from fastvideo.platforms import AttentionBackendEnum
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "BackendEntry",
+    "UnknownBackend",
+    "backend_name",
+    "load_backend",
+    "register_attn_backend",
+    "registered_backends",
+]
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "fastvideo.attention_backends"
+
+
+class UnknownBackend(ValueError):
+    """No backend has the name that was asked for."""
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """One name in the registry.
+
+    Attributes:
+        name: What users write.
+        target: `"module:Class"`, or the class itself.
+        origin: `"built-in"`, `"registered"` or `"entry point"`.
+    """
+
+    name: str
+    target: str | type[AttentionBackend]
+    origin: str
+
+
+_BUILT_INS = {
+    entry.name: entry
+    for entry in (
+        BackendEntry("FLASH_ATTN", "fastvideo.attention.backends.flash_attn:FlashAttentionBackend", "built-in"),
+        BackendEntry("TORCH_SDPA", "fastvideo.attention.backends.torch_sdpa:TorchSDPABackend", "built-in"),
+        BackendEntry(
+            "VIDEO_SPARSE_ATTN",
+            "fastvideo.attention.backends.video_sparse_attn:VideoSparseAttentionBackend",
+            "built-in",
+        ),
+    )
+}
+_REGISTERED: dict[str, BackendEntry] = {}
+
+
+def register_attn_backend(name: str, backend: str | type[AttentionBackend]) -> None:
+    """Make a backend available under a new name, everywhere a backend can be chosen.
+
+    A package does the same without a call by an entry point in the group `fastvideo.attention_backends`.
+
+    Args:
+        name: The new name. Names are compared without regard to case.
+        backend: The class, or `"module:Class"`, which is imported when the name is first resolved.
+
+    Raises:
+        ValueError: The name is taken by another backend.
+        TypeError: `backend` is neither a backend class nor such a string.
+
+    Example:
+        >>> from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
+        >>> class MyBackend(TorchSDPABackend): ...
+        >>> register_attn_backend("MY_BACKEND", MyBackend)
+    """
+    key = name.upper()
+    if isinstance(backend, str):
+        if backend.count(":") != 1:
+            raise TypeError(f"expected a backend class or 'module:Class', got {backend!r}")
+    elif not (inspect.isclass(backend) and issubclass(backend, AttentionBackend)):
+        raise TypeError(f"expected a subclass of AttentionBackend or 'module:Class', got {backend!r}")
+    entry = BackendEntry(key, backend, "registered")
+    taken = registered_backends().get(key)
+    if key == AttentionBackendEnum.NO_ATTENTION.name or (taken is not None and taken.target != backend):
+        raise ValueError(f"the backend name {key!r} is taken by {taken or 'NO_ATTENTION'}; choose another")
+    _REGISTERED[key] = entry
+
+
+def registered_backends() -> dict[str, BackendEntry]:
+    """Return every known backend by name: built-ins first, in the order in which automatic selection prefers equals."""
+    return {**_BUILT_INS, **_REGISTERED, **_entry_points()}
+
+
+def backend_name(wish: str | AttentionBackendEnum | type[AttentionBackend]) -> str:
+    """Return the registry's name for what a user wrote: a name in any case, an enum member, or a backend class.
+
+    Raises:
+        UnknownBackend: No backend has that name; close matches are named.
+    """
+    if isinstance(wish, AttentionBackendEnum):
+        name = wish.name
+    elif isinstance(wish, str):
+        name = wish
+    elif inspect.isclass(wish) and issubclass(wish, AttentionBackend):
+        name = wish.get_name()
+    else:
+        raise TypeError(f"a backend is named by a string, an AttentionBackendEnum or its class, got {wish!r}")
+    known = [*registered_backends(), AttentionBackendEnum.NO_ATTENTION.name]
+    if name.upper() in known:
+        return name.upper()
+    close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+    raise UnknownBackend(
+        f"no attention backend is called {name!r}; {hint} Third parties add one with register_attn_backend(...) or the "
+        f"entry-point group {ENTRY_POINT_GROUP!r}."
+    )
+
+
+def load_backend(name: str) -> type[AttentionBackend]:
+    """Import and return the class behind a name of the registry.
+
+    Raises:
+        ImportError: Its module can't be imported or lacks the class.
+        TypeError: It is no complete subclass of `AttentionBackend`.
+    """
+    entry = registered_backends()[name]
+    backend = _import_target(entry.target) if isinstance(entry.target, str) else entry.target
+    if not (inspect.isclass(backend) and issubclass(backend, AttentionBackend)):
+        raise TypeError(f"backend {name!r} is {backend!r}, which is no subclass of AttentionBackend")
+    if missing := sorted(getattr(backend, "__abstractmethods__", ())):
+        raise TypeError(f"backend {name!r} ({backend.__qualname__}) lacks {', '.join(missing)}")
+    return backend
+
+
+@functools.cache
+def _import_target(target: str) -> type[AttentionBackend]:
+    module_name, _, class_name = target.partition(":")
+    module = importlib.import_module(module_name)
+    try:
+        return getattr(module, class_name)  # type: ignore[no-any-return]
+    except AttributeError:
+        raise ImportError(f"module {module_name!r} has no {class_name!r}") from None
+
+
+@functools.cache
+def _entry_points() -> dict[str, BackendEntry]:
+    found = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        key = point.name.upper()
+        if key in _BUILT_INS:
+            logger.warning("entry point %r of group %s would shadow a built-in and is ignored", key, ENTRY_POINT_GROUP)
+            continue
+        found[key] = BackendEntry(key, point.value, "entry point")
+    return found

@@ -1,0 +1,159 @@
+"""Per-step information for layers deep inside a model, kept per thread.
+
+A denoising loop sets the step's metadata once; every attention layer below takes the object that matches its backend.
+The state is an ordinary attribute of a `threading.local`, which Dynamo traces and guards: a compiled model follows a change,
+where a `ContextVar` would break the graph. Threads start empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+if TYPE_CHECKING:
+    from fastvideo.attention.backends.abstract import AttentionMetadata
+
+__all__ = [
+    "ForwardContext",
+    "MetadataInContext",
+    "checkpoint",
+    "checkpoint_context_fn",
+    "get_forward_context",
+    "set_forward_context",
+    "thread_state",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MetadataInContext: TypeAlias = "AttentionMetadata | Mapping[type[AttentionMetadata], AttentionMetadata] | None"
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What `set_forward_context` was given.
+
+    Attributes:
+        current_timestep: Index of the denoising step. Layers never read it, so that a change compiles nothing anew.
+        attn_metadata: One metadata object, or a mapping from metadata class to object.
+        forward_batch: Anything the caller wants to carry along.
+    """
+
+    current_timestep: int
+    attn_metadata: MetadataInContext
+    forward_batch: Any = None
+
+
+class _ThreadState(threading.local):
+    """What layers read. Set in `__init__`, which runs once per thread: Dynamo guards instance attributes only."""
+
+    def __init__(self) -> None:
+        self.context: ForwardContext | None = None
+        self.attn_metadata: MetadataInContext = None
+        self.backend_wish: str | None = None
+        self.sequence_group: Any = None
+
+    def snapshot(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+thread_state = _ThreadState()
+"""The state of the current thread. Written by the context managers of this package alone."""
+
+
+@contextlib.contextmanager
+def restored(**values: Any) -> Iterator[None]:
+    """Set attributes of the thread's state, and put the old ones back on leaving."""
+    before = {name: getattr(thread_state, name) for name in values}
+    for name, value in values.items():
+        setattr(thread_state, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(thread_state, name, value)
+
+
+@contextlib.contextmanager
+def set_forward_context(
+    current_timestep: int, attn_metadata: MetadataInContext, forward_batch: Any = None
+) -> Iterator[ForwardContext]:
+    """Carry a step's metadata to every attention layer called inside, on this thread.
+
+    Args:
+        current_timestep: Index of the denoising step.
+        attn_metadata: One metadata object, a mapping from metadata class to object (several sparse backends in one
+            model), or `None`.
+        forward_batch: Anything that code inside wants to find again by `get_forward_context()`.
+
+    Raises:
+        TypeError: `attn_metadata` is none of these.
+
+    Example:
+        >>> with set_forward_context(current_timestep=7, attn_metadata=None):
+        ...     get_forward_context().current_timestep
+        7
+    """
+    _check_metadata(attn_metadata)
+    context = ForwardContext(current_timestep, attn_metadata, forward_batch)
+    with restored(context=context, attn_metadata=attn_metadata):
+        yield context
+
+
+def get_forward_context() -> ForwardContext:
+    """Return what the innermost `set_forward_context` of this thread was given.
+
+    Raises:
+        RuntimeError: None is active.
+    """
+    context = thread_state.context
+    if context is None:
+        raise RuntimeError(
+            "no forward context is set on this thread; call the model inside "
+            "`with fastvideo.forward_context.set_forward_context(current_timestep=..., attn_metadata=...):`"
+        )
+    return context
+
+
+def checkpoint_context_fn() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Return the pair that `torch.utils.checkpoint.checkpoint(..., context_fn=...)` wants.
+
+    Recomputation runs after the forward context has ended and, on CUDA, on another thread; the second manager brings back
+    the context, the backend scope and the mesh of the forward pass, so that it computes the same thing.
+    """
+    return contextlib.nullcontext(), restored(**thread_state.snapshot())
+
+
+def checkpoint(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run `function` under activation checkpointing, with this thread's forward context in the recomputation too.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> checkpoint(torch.sin, x).sum().backward()
+        >>> torch.equal(x.grad, torch.cos(x))
+        True
+    """
+    call = functools.partial(function, *args, **kwargs)
+    if torch.compiler.is_compiling():  # the context is already folded into the graph
+        return torch_checkpoint(call, use_reentrant=False)  # type: ignore[no-any-return]
+    return torch_checkpoint(call, use_reentrant=False, context_fn=checkpoint_context_fn)  # type: ignore[no-any-return]
+
+
+def _check_metadata(attn_metadata: MetadataInContext) -> None:
+    from fastvideo.attention.backends.abstract import AttentionMetadata  # layers above this file import it
+
+    if isinstance(attn_metadata, Mapping):
+        for cls, metadata in attn_metadata.items():
+            if not (isinstance(cls, type) and isinstance(metadata, cls) and issubclass(cls, AttentionMetadata)):
+                raise TypeError(f"attn_metadata maps metadata classes to their objects, got {cls!r}: {type(metadata)}")
+    elif attn_metadata is not None and not isinstance(attn_metadata, AttentionMetadata):
+        raise TypeError(
+            "attn_metadata is an AttentionMetadata, a mapping from metadata class to object, or None, "
+            f"got {type(attn_metadata)}"
+        )

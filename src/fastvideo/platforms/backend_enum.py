@@ -1,0 +1,19 @@
+"""The names of the built-in attention backends."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["AttentionBackendEnum"]
+
+
+class AttentionBackendEnum(Enum):
+    """Built-in backends. Wherever a member is accepted its name is too, and so is a registered third party's name."""
+
+    TORCH_SDPA = "TORCH_SDPA"
+    FLASH_ATTN = "FLASH_ATTN"
+    VIDEO_SPARSE_ATTN = "VIDEO_SPARSE_ATTN"
+    NO_ATTENTION = "NO_ATTENTION"
+
+    def __str__(self) -> str:
+        return self.name

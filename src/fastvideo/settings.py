@@ -1,0 +1,32 @@
+"""The only reader of environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for.
+
+    Attributes:
+        attention_backend: `FASTVIDEO_ATTENTION_BACKEND`, the name of a backend; `None` if unset, empty or "auto".
+    """
+
+    attention_backend: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings from `environment`, by default the process's own.
+
+        Example:
+            >>> Settings.from_environment({"FASTVIDEO_ATTENTION_BACKEND": "TORCH_SDPA"})
+            Settings(attention_backend='TORCH_SDPA')
+        """
+        variables = os.environ if environment is None else environment
+        backend = variables.get("FASTVIDEO_ATTENTION_BACKEND", "").strip()
+        return cls(attention_backend=None if backend.lower() in ("", "auto") else backend)
