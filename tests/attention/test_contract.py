@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastvideo.attention.layer
-import fastvideo.platforms
-
 SPEC = Path(__file__).parents[2] / "spec"
 MODULES = ("fastvideo.attention.backends.abstract", "fastvideo.attention.layer")
 

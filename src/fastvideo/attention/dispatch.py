@@ -18,6 +18,7 @@ from fastvideo.attention.backends.abstract import AttentionImpl, AttentionMetada
 from fastvideo.attention.registry import backend_name, load_backend, registered_backends
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.attention.selector import BackendWish, Decision, decide, resolve_wish, supported_names, with_system
+from fastvideo.compilation import constant_while_tracing
 from fastvideo.forward_context import MetadataInContext, thread_state
 
 __all__ = ["Dispatcher", "Selected", "find_metadata"]
@@ -111,17 +112,22 @@ class Dispatcher:
 
     @property
     def decision(self) -> Decision | None:
-        """The last decision, or `None` before the first call."""
+        """The last decision made, eagerly or while compiling; `None` before the first call."""
         return None if self.last_key is None else self.decisions[self.last_key]
 
-    def select(self, request: AttentionRequest, backend: BackendWish | None = None) -> Selected:
-        """Return what runs a request.
+    def select(self, call: dict[str, Any], backend: BackendWish | None = None) -> Selected:
+        """Return what runs a call.
+
+        Args:
+            call: The fields of its `AttentionRequest`.
+            backend: A backend asked for by this call.
 
         Raises:
             BackendUnavailable: Nothing that may run it can, or the backend asked for can't.
         """
-        key = _select(self.token, request, backend, thread_state.backend_wish)
-        self.last_key = key
+        key = _select(self.token, backend, thread_state.backend_wish, **call)
+        if not torch.compiler.is_compiling():  # a side effect that checkpointing under compile can't have
+            self.last_key = key
         return self.selected[key]
 
     def select_now(self, request: AttentionRequest, backend: BackendWish | None, scope: str | None) -> str:
@@ -136,6 +142,7 @@ class Dispatcher:
         if key not in self.selected:
             self.selected[key] = self._build(name, request)
         self.decisions[key] = decision
+        self.last_key = key
         return key
 
     def _build(self, name: str, request: AttentionRequest) -> Selected:
@@ -161,9 +168,9 @@ class Dispatcher:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def _select(token: int, request: AttentionRequest, backend: BackendWish | None, scope: str | None) -> str:
-    return _dispatchers[token].select_now(request, backend, scope)
+@constant_while_tracing
+def _select(token: int, backend: BackendWish | None, scope: str | None, **call: Any) -> str:
+    return _dispatchers[token].select_now(AttentionRequest(**call), backend, scope)
 
 
 def find_metadata(selected: Selected, explicit: AttentionMetadata | None) -> AttentionMetadata | None:

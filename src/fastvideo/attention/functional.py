@@ -9,7 +9,6 @@ import torch
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.dispatch import Dispatcher, Selected, find_metadata
-from fastvideo.attention.request import AttentionRequest
 from fastvideo.attention.selector import BackendWish
 from fastvideo.attention.validation import (
     autocast,
@@ -19,6 +18,7 @@ from fastvideo.attention.validation import (
     check_scale,
     mask_kind,
 )
+from fastvideo.compilation import constant_while_tracing
 
 __all__ = ["attention"]
 
@@ -124,18 +124,18 @@ def attention(
         raise ValueError(f"expected out like query, {tuple(query.shape)} {query.dtype}, got {tuple(out.shape)} {out.dtype}")
     softmax_scale = float(query.shape[3] ** -0.5 if scale is None else scale)
     dispatcher = _DISPATCHERS[_dispatcher_for(int(query.shape[3]), softmax_scale, is_causal)]
-    request = make_request(
+    call = describe_call(
         query, key, value, attn_mask, kind, softmax_scale, is_causal,
         dropout_p=dropout_p, return_lse=return_lse, out=out,
     )  # fmt: skip
-    selected = dispatcher.select(request, backend)
+    selected = dispatcher.select(call, backend)
     metadata = find_metadata(selected, attn_metadata)
     extras = forward_extras(attn_mask=attn_mask, dropout_p=dropout_p or None, return_lse=return_lse or None, out=out)
     result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = run_impl(selected, (query, key, value), metadata, extras)
     return result
 
 
-def make_request(
+def describe_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -150,15 +150,15 @@ def make_request(
     out: torch.Tensor | None = None,
     num_replicated: int = 0,
     world_size: int = 1,
-) -> AttentionRequest:
-    """Describe a call on checked tensors, as the backend will see it after heads are exchanged over `world_size` devices.
+) -> dict[str, Any]:
+    """Return the fields of a checked call's `AttentionRequest`, as after heads are exchanged over `world_size` devices.
 
     Lengths of `query` and `key` are those of this device's shard, without the replicated tokens.
     """
     mask_needs_grad = attn_mask is not None and attn_mask.requires_grad
     inputs_need_grad = query.requires_grad or key.requires_grad or value.requires_grad or mask_needs_grad
     needs_grad = torch.is_grad_enabled() and (inputs_need_grad or (gate is not None and gate.requires_grad))
-    return AttentionRequest(
+    return dict(  # noqa: C408  # reads as the class it becomes
         num_heads=query.shape[2] // world_size,
         num_kv_heads=key.shape[2] // world_size,
         head_size=query.shape[3],
@@ -239,7 +239,7 @@ def _preprocess(impl: Any, tensors: tuple[torch.Tensor, ...], metadata: Attentio
 _DISPATCHERS: dict[int, Dispatcher] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+@constant_while_tracing
 def _dispatcher_for(head_size: int, softmax_scale: float, is_causal: bool) -> int:
     dispatcher = _new_dispatcher(head_size, softmax_scale, is_causal)
     _DISPATCHERS[dispatcher.token] = dispatcher

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.dispatch import Dispatcher, Selected, find_metadata
-from fastvideo.attention.functional import forward_extras, make_request, run_impl
+from fastvideo.attention.functional import describe_call, forward_extras, run_impl
 from fastvideo.attention.rope import apply_rope
 from fastvideo.attention.selector import BackendWish, Decision
 from fastvideo.attention.validation import (
@@ -76,7 +76,7 @@ class _AttentionLayer(nn.Module):
 
     @property
     def decision(self) -> Decision | None:
-        """How the last call's backend was chosen, or `None` before the first call."""
+        """How the backend was chosen, last time it was: at every eager call, and whenever a call is compiled."""
         return self._dispatcher.decision
 
     def extra_repr(self) -> str:
@@ -181,8 +181,8 @@ class LocalAttention(_AttentionLayer):
         if self.causal:
             check_causal_lengths(q.shape[1], k.shape[1])
         kind = mask_kind(attn_mask, tuple(q.shape), k.shape[1], q)
-        request = make_request(q, k, v, attn_mask, kind, self.softmax_scale, self.causal)
-        selected = self._dispatcher.select(request)
+        call = describe_call(q, k, v, attn_mask, kind, self.softmax_scale, self.causal)
+        selected = self._dispatcher.select(call)
         metadata = find_metadata(selected, attn_metadata)
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
@@ -328,11 +328,11 @@ class DistributedAttention(_AttentionLayer):
         rows = (q.shape[0], q.shape[1] + num_replicated, self.num_heads, self.head_size)
         is_sharded = attn_mask is not None and attn_mask.dim() == 2
         kind = mask_kind(attn_mask, rows, k.shape[1] * (1 if is_sharded else group.size) + num_replicated, q)
-        request = make_request(
+        call = describe_call(
             q, k, v, attn_mask, kind, self.softmax_scale, self.causal,
             gate=gate, num_replicated=num_replicated, world_size=group.size,
         )  # fmt: skip
-        selected = self._dispatcher.select(request)
+        selected = self._dispatcher.select(call)
         metadata = find_metadata(selected, attn_metadata)
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)

@@ -11,10 +11,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from fastvideo.compilation import constant_while_tracing
 from fastvideo.forward_context import restored, thread_state
 
 __all__ = ["LOCAL", "SequenceGroup", "current_sequence_group", "sequence_parallel", "sequence_parallel_world"]
@@ -69,6 +69,8 @@ class SequenceGroup:
 LOCAL = SequenceGroup("", (0,), 0)
 """One device: nothing is exchanged."""
 
+_known_groups = {LOCAL.name: LOCAL}
+
 
 @contextlib.contextmanager
 def sequence_parallel(mesh: DeviceMesh | dist.ProcessGroup | SequenceGroup | None) -> Iterator[SequenceGroup]:
@@ -98,7 +100,7 @@ def current_sequence_group(own: SequenceGroup | None = None) -> SequenceGroup:
     if own is not None:
         return own
     scoped: SequenceGroup | None = thread_state.sequence_group
-    return _default_group() if scoped is None else scoped
+    return _known_groups[_find_default_group()] if scoped is None else scoped
 
 
 def sequence_parallel_world() -> tuple[int, int]:
@@ -112,8 +114,11 @@ def sequence_parallel_world() -> tuple[int, int]:
     return group.rank, group.size
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def _default_group() -> SequenceGroup:
+@constant_while_tracing
+def _find_default_group() -> str:
+    """Return the name of the default group, described in `_known_groups`; Dynamo keeps names and reads dicts."""
     if not (dist.is_available() and dist.is_initialized()):
-        return LOCAL
-    return SequenceGroup.from_mesh(dist.group.WORLD)  # type: ignore[arg-type]  # set once initialised
+        return LOCAL.name
+    group = SequenceGroup.from_mesh(dist.group.WORLD)  # type: ignore[arg-type]  # set once initialised
+    _known_groups[group.name] = group
+    return group.name

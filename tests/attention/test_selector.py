@@ -1,0 +1,254 @@
+"""Selection, on machines that are described and not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from fastvideo.attention import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    BackendUnavailable,
+    LocalAttention,
+    UnknownBackend,
+    attention,
+    explain,
+    get_attn_backend,
+    register_attn_backend,
+    use_attn_backend,
+)
+from fastvideo.attention.request import AttentionRequest
+from fastvideo.attention.selector import Wish, choose
+from fastvideo.platforms import AttentionBackendEnum, System, describe_system
+
+WAN = {"heads": 40, "head_size": 128, "seq": 75_600}
+
+
+class SpecImpl(AttentionImpl):
+    """Written against the contract alone: the scores' softmax in plain torch."""
+
+    def forward(self, query, key, value, attn_metadata):
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * self.softmax_scale
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+class SpecBuilder(AttentionMetadataBuilder):
+    def prepare(self):
+        pass
+
+    def build(self, **kwargs):
+        return AttentionMetadata(current_timestep=kwargs["current_timestep"])
+
+
+class SpecBackend(AttentionBackend):
+    @staticmethod
+    def get_name():
+        return "SPEC_ONLY"
+
+    @staticmethod
+    def get_impl_cls():
+        return SpecImpl
+
+    @staticmethod
+    def get_metadata_cls():
+        return AttentionMetadata
+
+    @staticmethod
+    def get_builder_cls():
+        return SpecBuilder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def spec_backend():
+    register_attn_backend("SPEC_ONLY", SpecBackend)
+
+
+@pytest.fixture
+def qkv():
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, 24, 4, 16) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("system", "chosen"),
+    [
+        ("H200", "FLASH_ATTN"),
+        ("H200, no flash-attn", "TORCH_SDPA"),
+        ("H200, torch only", "TORCH_SDPA"),
+        ("cpu", "TORCH_SDPA"),
+        ("A100, torch only", "TORCH_SDPA"),
+    ],
+)
+def test_automatic_takes_the_fastest_exact_backend(system: str, chosen: str) -> None:
+    assert explain(**WAN, system=system).chosen == chosen
+
+
+def test_automatic_never_takes_a_sparse_backend() -> None:
+    report = explain(**WAN, system="H200, torch only")
+    verdict = next(verdict for verdict in report.decision.trace if verdict.backend == "VIDEO_SPARSE_ATTN")
+    assert not verdict.exact
+    assert report.chosen != "VIDEO_SPARSE_ATTN"
+
+
+def test_flash2_alone_is_slower_than_cudnn_on_hopper() -> None:
+    assert explain(**WAN, system="H200, torch only, flash-attn==2.8.3").chosen in ("TORCH_SDPA", "FLASH_ATTN")
+    flash2 = System("cuda", "H200", (9, 0), (("flash-attn", "2.8.3"),))
+    assert explain(**WAN, system=flash2).chosen == "TORCH_SDPA"
+
+
+def test_a_named_backend_that_cannot_run_raises_with_every_reason(qkv) -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        attention(*qkv, backend="FLASH_ATTN")
+    reasons = next(v.reasons for v in caught.value.decision.trace if v.backend == "FLASH_ATTN")
+    assert len(reasons) >= 2
+    assert all(reason in str(caught.value) for reason in reasons)
+    assert any("pip install" in reason for reason in reasons)
+    assert any("float32" in reason for reason in reasons)
+
+
+def test_no_attention_names_no_implementation(qkv) -> None:
+    with pytest.raises(BackendUnavailable, match="names no implementation"):
+        attention(*qkv, backend=AttentionBackendEnum.NO_ATTENTION)
+
+
+def test_unknown_names_come_with_close_matches(qkv) -> None:
+    with pytest.raises(UnknownBackend, match="did you mean FLASH_ATTN"):
+        attention(*qkv, backend="FLASH_ATN")
+    with pytest.raises(UnknownBackend, match="known are"):
+        LocalAttention(4, 16, backend="xyz")
+    with pytest.raises(UnknownBackend), use_attn_backend("nothing like it"):
+        pass
+
+
+def test_order_of_wishes(qkv, monkeypatch) -> None:
+    layer = LocalAttention(4, 16, prefix="blocks.0.attn")
+    layer(*qkv)
+    assert layer.decision.wish is None
+    monkeypatch.setenv("FASTVIDEO_ATTENTION_BACKEND", "spec_only")
+    layer(*qkv)
+    assert (layer.decision.chosen, layer.decision.wish.source) == ("SPEC_ONLY", "environment")
+    with use_attn_backend("torch_sdpa"):
+        layer(*qkv)
+        assert (layer.decision.chosen, layer.decision.wish.source) == ("TORCH_SDPA", "scope")
+        with use_attn_backend("auto"):
+            layer(*qkv)
+            assert layer.decision.wish is None
+        own = LocalAttention(4, 16, backend=SpecBackend)
+        own(*qkv)
+        assert (own.decision.chosen, own.decision.wish.source) == ("SPEC_ONLY", "layer")
+        torch.testing.assert_close(attention(*qkv, backend="SPEC_ONLY"), own(*qkv))
+    layer(*qkv)
+    assert layer.decision.wish.source == "environment"
+
+
+def test_supported_backends_bound_every_wish(qkv) -> None:
+    only_sdpa = LocalAttention(4, 16, supported_attention_backends=(AttentionBackendEnum.TORCH_SDPA,))
+    with use_attn_backend("SPEC_ONLY"):
+        only_sdpa(*qkv)
+    assert only_sdpa.decision.chosen == "TORCH_SDPA"
+    assert "doesn't address this layer" in only_sdpa.decision.notes[0]
+    strict = LocalAttention(4, 16, supported_attention_backends=(AttentionBackendEnum.TORCH_SDPA,), backend="SPEC_ONLY")
+    with pytest.raises(BackendUnavailable, match="not among the backends that are supported here: TORCH_SDPA"):
+        strict(*qkv)
+
+
+def test_a_backend_of_the_contract_alone_runs_and_refuses_what_it_cannot_take(qkv) -> None:
+    expected = attention(*qkv, backend="TORCH_SDPA")
+    torch.testing.assert_close(attention(*qkv, backend="spec_only"), expected)
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    for arguments in ({"attn_mask": mask}, {"dropout_p": 0.1}, {"return_lse": True}, {"out": torch.empty_like(qkv[0])}):
+        with pytest.raises(BackendUnavailable, match="SPEC_ONLY"):
+            attention(*qkv, backend="SPEC_ONLY", **arguments)
+
+
+def test_register_refuses_taken_names_and_other_things() -> None:
+    with pytest.raises(ValueError, match="taken"):
+        register_attn_backend("TORCH_SDPA", SpecBackend)
+    with pytest.raises(ValueError, match="taken"):
+        register_attn_backend("NO_ATTENTION", SpecBackend)
+    with pytest.raises(TypeError, match="module:Class"):
+        register_attn_backend("OTHER", "no_colon")
+    with pytest.raises(TypeError, match="subclass of AttentionBackend"):
+        register_attn_backend("OTHER", SpecImpl)
+
+
+def test_a_broken_registration_is_a_reason_and_no_crash(qkv) -> None:
+    register_attn_backend("BROKEN", "no_such_module:Backend")
+    attention(*qkv)
+    with pytest.raises(BackendUnavailable, match="can't be loaded: No module named 'no_such_module'"):
+        attention(*qkv, backend="BROKEN")
+
+
+def test_choose_is_pure_and_traces_every_candidate() -> None:
+    request = AttentionRequest(8, 8, 128, 64, 64, torch.bfloat16, "cuda", system=describe_system("H200"))
+    decision = choose(request, Wish("TORCH_SDPA", "call"), ("FLASH_ATTN", "TORCH_SDPA"))
+    assert decision == choose(request, Wish("TORCH_SDPA", "call"), ("FLASH_ATTN", "TORCH_SDPA"))
+    assert [verdict.backend for verdict in decision.trace] == ["TORCH_SDPA", "FLASH_ATTN"]
+    assert decision.chosen == "TORCH_SDPA"
+
+
+def test_get_attn_backend_follows_scope_and_support() -> None:
+    assert get_attn_backend(64, torch.float32).get_name() == "TORCH_SDPA"
+    with use_attn_backend("SPEC_ONLY"):
+        assert get_attn_backend(64, torch.float32) is SpecBackend
+        assert get_attn_backend(64, torch.float32, (AttentionBackendEnum.TORCH_SDPA,)).get_name() == "TORCH_SDPA"
+    with pytest.raises(BackendUnavailable), use_attn_backend("FLASH_ATTN"):
+        get_attn_backend(64, torch.float32)
+
+
+def test_a_decision_is_logged_once(qkv, caplog) -> None:
+    from fastvideo.attention.selector import decide
+
+    decide.cache_clear()
+    with caplog.at_level(logging.INFO, logger="fastvideo.attention"):
+        attention(*qkv, scale=0.123)
+        attention(*qkv, scale=0.123)
+    assert len([record for record in caplog.records if "TORCH_SDPA runs" in record.getMessage()]) == 1
+
+
+def test_explain_is_data_and_a_table() -> None:
+    report = explain(**WAN, system="A100, no flash-attn", mask="bool", causal=True)
+    data = json.loads(json.dumps(report.as_dict()))
+    assert data["chosen"] == "TORCH_SDPA"
+    assert {row["backend"] for row in data["backends"]} >= {"FLASH_ATTN", "TORCH_SDPA", "VIDEO_SPARSE_ATTN"}
+    table = str(report).splitlines()
+    assert table[0].startswith("machine: A100 (capability 8.0)")
+    assert any(line.startswith("TORCH_SDPA") and "chosen" in line for line in table)
+    assert report.reasons("VIDEO_SPARSE_ATTN")
+
+
+def test_explain_names_the_distribution_that_owns_the_same_import_name(monkeypatch) -> None:
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.7.0" if name == "fastvideo" else real(name))
+    assert "pip uninstall fastvideo" in explain(**WAN, system="H200").notes[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"heads": 0},
+        {"seq": 0},
+        {"mask": "round"},
+        {"scale": float("nan")},
+        {"system": "Abacus"},
+        {"system": "H200, no such-package"},
+        {"system": "H200", "device": "cpu"},
+        {"kv_heads": 7},
+        {"dropout_p": 1.0},
+    ],
+)
+def test_explain_refuses_nonsense(arguments) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        explain(**{**WAN, **arguments})
+
+
+def test_explain_refuses_an_unknown_dtype() -> None:
+    with pytest.raises(TypeError, match="float33"):
+        explain(**WAN, dtype="float33")
