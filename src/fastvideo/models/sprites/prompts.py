@@ -180,9 +180,7 @@ def _refuse_unknown_words(words: list[str]) -> None:
     close = {word: difflib.get_close_matches(word, sorted(known), n=1) for word in unknown}
     hints = "".join(f" (did you mean {match[0]!r} for {word!r}?)" for word, match in close.items() if match)
     listed = ", ".join(map(repr, unknown))
-    raise ValueError(
-        f"the prompt uses words outside the vocabulary: {listed}{hints}. Known words: {describe_vocabulary()}"
-    )
+    raise ValueError(f"the prompt uses words outside the vocabulary: {listed}{hints}. Known words: {describe_vocabulary()}")
 
 
 def _split_background(words: list[str], prompt: str) -> tuple[list[str], str]:

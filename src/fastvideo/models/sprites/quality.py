@@ -79,9 +79,7 @@ def _templates(background: str, device: torch.device) -> tuple[torch.Tensor, tor
 
 
 @functools.lru_cache(maxsize=16)
-def _template_spectra(
-    background: str, device: torch.device, image_size: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _template_spectra(background: str, device: torch.device, image_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Conjugate spectra of masks `[S, Y, X/2+1]` and templates `[S, 3, Y, X/2+1]` for images of a size."""
     mask, template = _templates(background, device)
     return torch.fft.rfft2(mask[:, 0], s=image_size).conj(), torch.fft.rfft2(template, s=image_size).conj()

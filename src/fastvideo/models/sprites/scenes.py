@@ -51,8 +51,7 @@ def _is_hashed_out(*names: str) -> bool:
 @functools.lru_cache(maxsize=1)
 def _held_out_tables() -> tuple[torch.Tensor, torch.Tensor]:
     singles = [
-        [[_is_hashed_out(sprite, direction, place) for place in BACKGROUNDS] for direction in DIRECTIONS]
-        for sprite in SPRITES
+        [[_is_hashed_out(sprite, direction, place) for place in BACKGROUNDS] for direction in DIRECTIONS] for sprite in SPRITES
     ]
     pairs = [[_is_hashed_out(*sorted((first, second))) for second in SPRITES] for first in SPRITES]
     return torch.tensor(singles), torch.tensor(pairs)
@@ -125,9 +124,7 @@ def sample_prompts(num_prompts: int, split: Split, seed: int, *, num_sprites: in
     for sprites, count in counts.items():
         codes = _scene_codes(split, sprites)
         if count > len(codes):
-            raise ValueError(
-                f"the split {split!r} holds {len(codes)} scenes of {sprites} sprites, {count} were asked for"
-            )
+            raise ValueError(f"the split {split!r} holds {len(codes)} scenes of {sprites} sprites, {count} were asked for")
         chosen = torch.randperm(len(codes), generator=generator)[:count]
         scenes += [_scene_of_code(code) for code in codes[chosen].tolist()]
     return scenes
@@ -232,24 +229,16 @@ class ScenePool:
     ) -> None:
         self.two_sprite_share = two_sprite_share
         limit = len(SPRITES) if num_sprites is None else num_sprites
-        kept = [
-            codes[(codes[:, 0] < limit) & (codes[:, 2] < limit)] for codes in map(_scene_codes, [split] * 2, (1, 2))
-        ]
+        kept = [codes[(codes[:, 0] < limit) & (codes[:, 2] < limit)] for codes in map(_scene_codes, [split] * 2, (1, 2))]
         if not all(map(len, kept)):
-            raise ValueError(
-                f"the split {split!r} has no scenes of the first {num_sprites=} sprites; take more sprites"
-            )
+            raise ValueError(f"the split {split!r} has no scenes of the first {num_sprites=} sprites; take more sprites")
         self._one, self._two = (codes.to(device) for codes in kept)
 
     def sample(self, num_scenes: int, generator: torch.Generator) -> SceneBatch:
         """Draws scenes with replacement; `generator` lives on the pool's device."""
         device = self._one.device
         one, two = (
-            codes[
-                (torch.rand(num_scenes, generator=generator, device=device) * len(codes))
-                .long()
-                .clamp(max=len(codes) - 1)
-            ]
+            codes[(torch.rand(num_scenes, generator=generator, device=device) * len(codes)).long().clamp(max=len(codes) - 1)]
             for codes in (self._one, self._two)
         )
         is_two = torch.rand(num_scenes, 1, generator=generator, device=device) < self.two_sprite_share

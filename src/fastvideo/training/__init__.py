@@ -1,0 +1,1 @@
+"""Training of the bundled sprite model with rectified flow, on one device."""
