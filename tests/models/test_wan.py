@@ -167,9 +167,7 @@ def test_compiles_to_one_graph_and_follows_the_context(config):
     with torch.no_grad():
         for sparsity in (0.0, 0.6) if config is TINY_VSA else (0.0,):
             args = (video, timestep, text, mask)
-            torch.testing.assert_close(
-                run_vsa(compiled, sparsity, args), run_vsa(model, sparsity, args), rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(run_vsa(compiled, sparsity, args), run_vsa(model, sparsity, args), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_keeps_the_stream_wide():

@@ -322,9 +322,7 @@ def _join(conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
                 )
             joined[name] = torch.cat((value, other))
         elif isinstance(value, Tensor) or isinstance(other, Tensor) or value != other:
-            raise ValueError(
-                f"{name} must be a tensor in conditioning and negative, or equal in both: pass one_batch=False."
-            )
+            raise ValueError(f"{name} must be a tensor in conditioning and negative, or equal in both: pass one_batch=False.")
         else:
             joined[name] = value
     return joined

@@ -24,9 +24,7 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "Saving and loading weights needs safetensors: pip install 'fastvideo-attention[models]'."
-        ) from error
+        raise ImportError("Saving and loading weights needs safetensors: pip install 'fastvideo-attention[models]'.") from error
     return safetensors.torch
 
 

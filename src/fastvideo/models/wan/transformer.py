@@ -56,9 +56,7 @@ class WanTransformer3DModel(nn.Module):
         self.gradient_checkpointing = False
         dim = config.inner_dim
         # Holds the weights under the checkpoints' name and shape; `forward` applies them as a linear over patches.
-        self.patch_embedding = nn.Conv3d(
-            config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.condition_embedder = ConditionEmbedder(dim, config.freq_dim, config.text_dim)
         self.blocks = nn.ModuleList(WanTransformerBlock(config, index) for index in range(config.num_layers))
         self.norm_out = WideLayerNorm(dim, config.eps, elementwise_affine=False)
@@ -247,9 +245,7 @@ class WanTransformer3DModel(nn.Module):
         """Raise where a shape doesn't fit the configuration."""
         config = self.config
         if video.ndim != 5 or video.shape[1] != config.in_channels:
-            raise ValueError(
-                f"hidden_states must be [B, {config.in_channels}, T, Y, X], got shape {tuple(video.shape)}."
-            )
+            raise ValueError(f"hidden_states must be [B, {config.in_channels}, T, Y, X], got shape {tuple(video.shape)}.")
         batch = video.shape[0]
         if timestep.ndim == 2:
             raise NotImplementedError(
