@@ -7,7 +7,7 @@ inputs). One custom op with a fake and an autograd formula wraps all implementat
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,32 @@ from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 
 _AUTOMATIC = ""
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
@@ -62,7 +88,7 @@ def block_sparse_attention(
         >>> torch.equal(out[:, :4], alone[:, :4])
         True
     """
-    query, key, value = _as_autocast(query, key, value)
+    query, key, value = as_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not math.isfinite(scale):
@@ -71,7 +97,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as `torch.autocast` casts the inputs of scaled dot product attention."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -89,9 +115,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPatt
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"expected one dtype, got {query.dtype=}, {key.dtype=}, {value.dtype=}")
     if not query.device == key.device == value.device == pattern.indices.device:
-        raise ValueError(
-            f"expected one device, got {query.device=}, {key.device=}, {value.device=}, {pattern.indices.device=}"
-        )
+        raise ValueError(f"expected one device, got {query.device=}, {key.device=}, {value.device=}, {pattern.indices.device=}")
     batch, num_queries, num_heads, head_size = query.shape
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_size:
         raise ValueError(
@@ -106,9 +130,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPatt
     if tokens != (num_queries, key.shape[1]):
         raise ValueError(f"the pattern is for S_q, S_k = {tokens}, the tensors have {(num_queries, key.shape[1])}")
     if pattern.indices.shape[0] not in (1, batch) or pattern.indices.shape[1] not in (1, num_heads):
-        raise ValueError(
-            f"expected indices [1 or {batch}, 1 or {num_heads}, ...], got shape {tuple(pattern.indices.shape)}"
-        )
+        raise ValueError(f"expected indices [1 or {batch}, 1 or {num_heads}, ...], got shape {tuple(pattern.indices.shape)}")
 
 
 def _flatten_layout(layout: TileLayout) -> tuple[Tensor, int, int, bool, Tensor | None]:

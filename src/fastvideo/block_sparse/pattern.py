@@ -161,9 +161,7 @@ class BlockPattern:
             )
         num_query_tiles = self.query_tiles.num_tiles
         if indices.ndim != 4 or indices.shape[2] != num_query_tiles or indices.shape[3] < 1:
-            raise ValueError(
-                f"expected indices [B|1, H|1, Nq={num_query_tiles}, K>=1], got shape {tuple(indices.shape)}"
-            )
+            raise ValueError(f"expected indices [B|1, H|1, Nq={num_query_tiles}, K>=1], got shape {tuple(indices.shape)}")
         if counts is not None and counts.shape != indices.shape[:3]:
             raise ValueError(f"expected counts of shape {tuple(indices.shape[:3])}, got {tuple(counts.shape)}")
         devices = {
@@ -214,9 +212,7 @@ class BlockPattern:
         if indices.ndim == 2:
             indices = indices[None, None]
             counts = counts[None, None] if counts is not None else None
-        pattern = cls(
-            query_tiles, key_tiles, indices.to(torch.int32), counts.to(torch.int32) if counts is not None else None
-        )
+        pattern = cls(query_tiles, key_tiles, indices.to(torch.int32), counts.to(torch.int32) if counts is not None else None)
         pattern.validate()
         return pattern
 
@@ -238,9 +234,7 @@ class BlockPattern:
         """
         width, num_key_tiles = self.indices.shape[-1], self.key_tiles.num_tiles
         if self.counts is not None and bool(((self.counts < 0) | (self.counts > width)).any()):
-            raise ValueError(
-                f"expected counts in [0, {width}], got {int(self.counts.min())} to {int(self.counts.max())}"
-            )
+            raise ValueError(f"expected counts in [0, {width}], got {int(self.counts.min())} to {int(self.counts.max())}")
         listed = self.is_listed()
         inside = (self.indices >= 0) & (self.indices < num_key_tiles)
         if not bool((inside | ~listed).all()):

@@ -109,7 +109,8 @@ def _spans(problems: _Problems, pattern: BlockPattern, row_bytes: int) -> Iterat
         width = min(problems.lists.shape[1] * pattern.key_tiles.max_size, pattern.key_tiles.num_tokens)
         is_full = pattern.key_tiles.is_uniform and pattern.counts is None
         step = max(1, _CHUNK_BYTES_OTHER // (width * (row_bytes + 4 * rows)))
-        for members in torch.arange(totals.shape[0], device=device).split(step):
+        for first in range(0, totals.shape[0], step):
+            members = torch.arange(first, min(first + step, totals.shape[0]), device=device)
             yield members, rows, width, is_full
         return
     # Neighbours of one size waste nothing; equal sizes keep the order, and with it the locality.
