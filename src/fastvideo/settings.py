@@ -15,9 +15,11 @@ class Settings:
 
     Attributes:
         attention_backend: `FASTVIDEO_ATTENTION_BACKEND`, the name of a backend; `None` if unset, empty or "auto".
+        local_rank: `LOCAL_RANK`, this process's place on its machine under `torchrun`; `None` outside.
     """
 
     attention_backend: str | None = None
+    local_rank: int | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -25,8 +27,12 @@ class Settings:
 
         Example:
             >>> Settings.from_environment({"FASTVIDEO_ATTENTION_BACKEND": "TORCH_SDPA"})
-            Settings(attention_backend='TORCH_SDPA')
+            Settings(attention_backend='TORCH_SDPA', local_rank=None)
         """
         variables = os.environ if environment is None else environment
         backend = variables.get("FASTVIDEO_ATTENTION_BACKEND", "").strip()
-        return cls(attention_backend=None if backend.lower() in ("", "auto") else backend)
+        rank = variables.get("LOCAL_RANK")
+        return cls(
+            attention_backend=None if backend.lower() in ("", "auto") else backend,
+            local_rank=None if rank is None else int(rank),
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,6 +34,10 @@ class SequenceGroup:
     name: str
     ranks: tuple[int, ...]
     rank: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without this process's place, which is another one where the copy is loaded."""
+        return _reload_group, (self.name, self.ranks)
 
     @property
     def size(self) -> int:
@@ -95,9 +100,23 @@ def as_sequence_group(mesh: DeviceMesh | dist.ProcessGroup | SequenceGroup | Non
     return mesh if mesh is None or isinstance(mesh, SequenceGroup) else SequenceGroup.from_mesh(mesh)
 
 
+def _reload_group(name: str, ranks: tuple[int, ...]) -> SequenceGroup:
+    here = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return SequenceGroup(name, ranks, ranks.index(here) if here in ranks else -1)
+
+
 def current_sequence_group(own: SequenceGroup | None = None) -> SequenceGroup:
-    """Return the group that counts for a layer whose own is `own`."""
+    """Return the group that counts for a layer whose own is `own`.
+
+    Raises:
+        RuntimeError: `own` was pickled elsewhere, and this process isn't among its ranks.
+    """
     if own is not None:
+        if own.rank < 0:
+            raise RuntimeError(
+                f"this layer shares its sequence over the ranks {own.ranks}, and this process is none of them; "
+                "set `layer.sequence_group = SequenceGroup.from_mesh(mesh)`, or None for the default"
+            )
         return own
     scoped: SequenceGroup | None = thread_state.sequence_group
     return _known_groups[_find_default_group()] if scoped is None else scoped

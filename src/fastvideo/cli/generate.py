@@ -1,0 +1,110 @@
+"""`fastvideo generate`: a video from a prompt, on one device or, under `torchrun`, on several."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastvideo.attention.selector import use_attn_backend
+from fastvideo.cli.media import contact_sheet, enlarge, to_pixels, write_mp4, write_png
+from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
+from fastvideo.models.sprites.prompts import describe_vocabulary, parse_prompt
+from fastvideo.settings import Settings
+
+__all__ = ["add_arguments", "run"]
+
+DEFAULT_PROMPT = "red heart moving left, green tree moving up on a white background"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"by default: {DEFAULT_PROMPT!r}")
+    parser.add_argument("--out", type=Path, default=Path("sample.mp4"), help="the video; its contact sheet lies beside it")
+    parser.add_argument("--model", type=Path, help="folder of a trained model, by default the bundled one")
+    parser.add_argument("--backend", help="attention backend, by name; it runs or the command fails and says why")
+    parser.add_argument("--sparsity", type=float, help="share of key tiles to skip, in [0, 1); by default the model's own")
+    parser.add_argument("--steps", type=int, help="denoising steps; by default the model's own")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 turns it off; by default the model's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true", help="render at sparsity 0 too, side by side, and print times")
+    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser.add_argument("--scale", type=int, default=4, help="how many pixels wide each pixel of the model is drawn")
+    parser.add_argument("--words", action="store_true", help="list the words of prompts and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and write the files; return 0."""
+    if args.words:
+        print(describe_vocabulary())
+        return 0
+    parse_prompt(args.prompt)  # refused before the model is loaded
+    with _ranks(args.device) as (rank, device):
+        model = SpriteVideoModel.load(args.model or bundled_model(), device=device)
+        changes = {"sparsity": args.sparsity, "num_steps": args.steps, "guidance_scale": args.guidance}
+        settings = dataclasses.replace(model.sampling, **{name: x for name, x in changes.items() if x is not None})
+        with use_attn_backend(args.backend) if args.backend else contextlib.nullcontext():
+            clips = [_sample(model, args, settings, rank)]
+            if args.compare:
+                clips.insert(0, _sample(model, args, dataclasses.replace(settings, sparsity=0.0), rank))
+        if rank == 0:
+            _report(clips, settings, args)
+    return 0
+
+
+def bundled_model() -> Path:
+    """Return the folder of the model that comes with this package."""
+    return Path(str(resources.files("fastvideo.models.sprites") / "bundled"))
+
+
+def _sample(
+    model: SpriteVideoModel, args: argparse.Namespace, settings: SamplingSettings, rank: int
+) -> tuple[torch.Tensor, float]:
+    """Return a clip `[3, T, Y, X]` and the seconds it took."""
+    from tqdm import tqdm
+
+    begin = time.perf_counter()
+    label = f"sparsity {settings.sparsity:g}"
+    with tqdm(total=settings.num_steps, desc=label, unit="step", disable=rank != 0, file=sys.stderr) as bar:
+        clip = model.sample([args.prompt], [args.seed], settings=settings, on_step=lambda _: bar.update())[0].cpu()
+    return clip, time.perf_counter() - begin
+
+
+def _report(clips: list[tuple[torch.Tensor, float]], settings: SamplingSettings, args: argparse.Namespace) -> None:
+    frames = enlarge(torch.cat([to_pixels(clip) for clip, _ in clips], dim=2), args.scale)
+    sheet_path = args.out.with_suffix(".png")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(frames, args.out)
+    write_png(contact_sheet(frames, num_columns=4 if len(clips) == 1 else 2), sheet_path)
+    for (_, seconds), sparsity in zip(reversed(clips), (settings.sparsity, 0.0), strict=False):
+        print(f"sparsity {sparsity:g}: {settings.num_steps} steps in {seconds:.1f} s")
+    if args.compare:
+        difference = (clips[0][0] - clips[1][0]).abs() / 2
+        print(f"difference on a scale of 0 to 1: mean {difference.mean().item():.4f}, largest {difference.max().item():.4f}")
+    print(f"wrote {args.out} and {sheet_path}: {args.prompt!r}, seed {args.seed}")
+
+
+@contextlib.contextmanager
+def _ranks(device: str | None) -> Iterator[tuple[int, torch.device]]:
+    """Join the process group that `torchrun` describes, if it does; yield this process's rank and device."""
+    kind = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = Settings.from_environment().local_rank
+    if local_rank is None:
+        yield 0, torch.device(device or kind)
+        return
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+    try:
+        yield dist.get_rank(), place
+    finally:
+        dist.destroy_process_group()
