@@ -101,11 +101,13 @@ def video_sparse_attention(
     value: Tensor,
     grid_tyx: tuple[int, int, int],
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    num_kept: int | None = None,
     gate: Tensor | None = None,
     tile_tyx: tuple[int, int, int] = (4, 4, 4),
     num_replicated: int = 0,
     scale: float | None = None,
+    geometry: VideoGeometry | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Video Sparse Attention: `fine + coarse[tile of token] * gate`.
@@ -121,10 +123,12 @@ def video_sparse_attention(
         value: `[B, S + R, Hkv, D]`.
         grid_tyx: Tokens of the video along time, height and width; their product is S.
         sparsity: Share of tiles to drop, in [0, 1). 0 is dense attention (plus the gated coarse part).
+        num_kept: The number of tiles to keep, in place of `sparsity`.
         gate: `[B, S, Hq, D]` or `[B, S + R, Hq, D]`, of which the text rows are not read; None for no coarse part.
         tile_tyx: Tokens of a tile; tiles at the far edges may be smaller.
         num_replicated: R, how many of the last rows are text.
         scale: Factor of all scores, any finite number; None means `1 / sqrt(D)`.
+        geometry: Layouts of this grid and tile without text, if at hand (metadata holds them); None looks them up.
         impl: Name of a block-sparse implementation; None picks one.
 
     Returns:
@@ -142,24 +146,7 @@ def video_sparse_attention(
         >>> torch.allclose(dense, expected, atol=1e-5)
         True
     """
-    grid = TileGrid(grid_tyx, tile_tyx)
-    num_kept = num_kept_tiles(grid.num_tiles, sparsity)
-    geometry = video_geometry(grid, query.device, num_replicated)
-    return attend_tiles(query, key, value, geometry, num_kept, gate=gate, scale=scale, impl=impl)
-
-
-def attend_tiles(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    geometry: VideoGeometry,
-    num_kept: int,
-    *,
-    gate: Tensor | None = None,
-    scale: float | None = None,
-    impl: str | None = None,
-) -> Tensor:
-    """`video_sparse_attention` with the geometry and the number of kept tiles at hand, as layers call it every step."""
+    geometry, num_kept = _resolve(query, grid_tyx, tile_tyx, num_replicated, geometry, sparsity, num_kept)
     query, key, value, *gates = as_autocast(query, key, value, *(() if gate is None else (gate,)))
     _check_inputs(query, key, value, geometry)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -173,6 +160,30 @@ def attend_tiles(
             out = _add_gated_tiles(out, coarse, gate, geometry)
         text = _text_stage(query, key, value, geometry, scale, impl)
         return out if text is None else torch.cat([out, text], dim=1)
+
+
+def _resolve(
+    query: Tensor,
+    grid_tyx: tuple[int, int, int],
+    tile_tyx: tuple[int, int, int],
+    num_replicated: int,
+    geometry: VideoGeometry | None,
+    sparsity: float | None,
+    num_kept: int | None,
+) -> tuple[VideoGeometry, int]:
+    """The geometry with its text, and the number of tiles to keep."""
+    if geometry is None:
+        geometry = video_geometry(TileGrid(grid_tyx, tile_tyx), query.device)
+    elif (geometry.grid.grid_tyx, geometry.grid.tile_tyx) != (tuple(grid_tyx), tuple(tile_tyx)):
+        raise ValueError(f"the geometry is that of {geometry.grid}, asked for were {grid_tyx=}, {tile_tyx=}")
+    num_tiles = geometry.grid.num_tiles
+    if (sparsity is None) == (num_kept is None):
+        raise ValueError(f"expected either sparsity or num_kept, got {sparsity=}, {num_kept=}")
+    if sparsity is not None:
+        num_kept = num_kept_tiles(num_tiles, sparsity)
+    if num_kept is None or not 1 <= num_kept <= num_tiles:
+        raise ValueError(f"expected num_kept in [1, {num_tiles}], the tiles of grid {grid_tyx}, got {num_kept=}")
+    return with_replicated(geometry, num_replicated), num_kept
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, geometry: VideoGeometry) -> None:

@@ -1,0 +1,263 @@
+"""`VIDEO_SPARSE_ATTN`: each tile of video tokens attends to the few tiles that fit it best, on any device.
+
+Paper: "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv 2505.13389; the mathematics, and where it
+differs, is in `fastvideo.block_sparse.video_sparse`. Needs metadata: the video's token grid and the number of tiles to
+keep, built once per step. Tokens come and go in raster order, replicated text tokens behind them; tiling happens inside
+`forward`, by index. Work and memory follow the kept tiles.
+
+Shape legend: B batch, S video tokens, R replicated tokens, H heads, D head size; T, Y, X video grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastvideo.attention.backends.abstract import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
+from fastvideo.attention.request import AttentionRequest
+from fastvideo.block_sparse.selection import num_kept_tiles
+from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
+from fastvideo.video.tiles import TileGrid, as_tyx
+
+__all__ = [
+    "VideoSparseAttentionBackend",
+    "VideoSparseAttentionImpl",
+    "VideoSparseAttentionMetadata",
+    "VideoSparseAttentionMetadataBuilder",
+]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_TILE_TYX = (4, 4, 4)
+"""The paper's tile: 64 tokens."""
+
+
+class VideoSparseAttentionBackend(AttentionBackend):
+    """Video Sparse Attention.
+
+    Example:
+        >>> metadata = VideoSparseAttentionMetadataBuilder().build(
+        ...     current_timestep=0, raw_latent_shape=(4, 8, 8), patch_size=(1, 1, 1), VSA_sparsity=0.5, device="cpu"
+        ... )
+        >>> impl = VideoSparseAttentionBackend.get_impl_cls()(num_heads=2, head_size=8, softmax_scale=0.25)
+        >>> impl.forward(*torch.ones(3, 1, 256, 2, 8), metadata).unique()
+        tensor([1.])
+    """
+
+    @staticmethod
+    def get_name() -> str:
+        """Return `"VIDEO_SPARSE_ATTN"`."""
+        return "VIDEO_SPARSE_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[VideoSparseAttentionImpl]:
+        """Return `VideoSparseAttentionImpl`."""
+        return VideoSparseAttentionImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[VideoSparseAttentionMetadata]:
+        """Return `VideoSparseAttentionMetadata`."""
+        return VideoSparseAttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[VideoSparseAttentionMetadataBuilder]:
+        """Return `VideoSparseAttentionMetadataBuilder`."""
+        return VideoSparseAttentionMetadataBuilder
+
+    @classmethod
+    def rejections(cls, request: AttentionRequest) -> tuple[str, ...]:
+        """Return every reason against `request`: masks, causal, dropout, log-sum-exp, cross attention, dtype."""
+        reasons = [*super().rejections(request)]
+        if request.is_causal:
+            reasons.append("causal attention is not supported: tiles see each other in both directions")
+        if request.query_len != request.key_len:
+            reasons.append(
+                f"cross attention ({request.query_len} queries, {request.key_len} keys) is not supported: queries and keys "
+                "are tiles of one video"
+            )
+        elif request.num_replicated >= request.query_len:
+            reasons.append(f"no video tokens: {request.num_replicated} of {request.query_len} tokens are replicated text")
+        if request.dtype not in _DTYPES:
+            reasons.append(f"dtype {request.dtype} is not supported; expected one of {', '.join(map(str, _DTYPES))}")
+        if request.device == "mps" and request.dtype == torch.float64:
+            reasons.append("dtype torch.float64 does not exist on mps; use float32")
+        return tuple(reasons)
+
+
+@dataclass
+class VideoSparseAttentionMetadata(AttentionMetadata):
+    """The video of one denoising step. Build it with `VideoSparseAttentionMetadataBuilder`.
+
+    Attributes:
+        current_timestep: Index of the denoising step; no layer reads it.
+        grid_tyx: Video tokens along time, height and width.
+        tile_tyx: Tokens of a tile; tiles at the far edges may be smaller.
+        sparsity: Share of key tiles to drop, in [0, 1).
+        num_kept_tiles: Key tiles that each query tile keeps.
+        geometry: The index tensors of grid and tile, shared between steps.
+    """
+
+    grid_tyx: tuple[int, int, int]
+    tile_tyx: tuple[int, int, int]
+    sparsity: float
+    num_kept_tiles: int
+    geometry: VideoGeometry
+
+
+class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAttentionMetadata]):
+    """Builds `VideoSparseAttentionMetadata`. Index tensors are built once per grid, tile and device, and shared.
+
+    Example:
+        >>> metadata = VideoSparseAttentionMetadataBuilder().build(
+        ...     current_timestep=0, raw_latent_shape=(16, 64, 64), patch_size=(1, 4, 4), VSA_sparsity=0.75, device="cpu"
+        ... )
+        >>> metadata.grid_tyx, metadata.num_kept_tiles
+        ((16, 16, 16), 16)
+    """
+
+    def prepare(self) -> None:
+        """Do nothing: what is kept depends on the geometry alone and stays right."""
+
+    def build(  # type: ignore[override]  # the contract's `**kwargs: dict[str, Any]` can't name a single argument
+        self,
+        *,
+        current_timestep: int,
+        raw_latent_shape: Sequence[int],
+        patch_size: Sequence[int],
+        VSA_sparsity: float,
+        device: torch.device | str,
+        tile_tyx: Sequence[int] = DEFAULT_TILE_TYX,
+        **settings: Any,
+    ) -> VideoSparseAttentionMetadata:
+        """Return the metadata of one step.
+
+        Args:
+            current_timestep: Index of the denoising step.
+            raw_latent_shape: Latent frames, height and width, before patches are made.
+            patch_size: Latent cells of a token along the same axes; they must divide `raw_latent_shape`.
+            VSA_sparsity: Share of tiles to drop, in [0, 1).
+            device: Where the model runs.
+            tile_tyx: Tokens of a tile.
+            **settings: No other setting is known.
+
+        Raises:
+            TypeError: `settings` holds a name.
+            ValueError: The shapes are not three positive integers or do not divide, or the sparsity lies outside [0, 1).
+        """
+        if settings:
+            raise TypeError(
+                f"build() knows no argument {sorted(settings)}; it takes current_timestep, raw_latent_shape, patch_size, "
+                "VSA_sparsity, device and tile_tyx"
+            )
+        latent, patch = as_tyx("raw_latent_shape", raw_latent_shape), as_tyx("patch_size", patch_size)
+        if any(extent % cells for extent, cells in zip(latent, patch, strict=True)):
+            raise ValueError(
+                f"expected patch_size to divide raw_latent_shape, got raw_latent_shape={latent}, patch_size={patch}"
+            )
+        t, y, x = (extent // cells for extent, cells in zip(latent, patch, strict=True))
+        grid = TileGrid((t, y, x), as_tyx("tile_tyx", tile_tyx))
+        return VideoSparseAttentionMetadata(
+            current_timestep=current_timestep,
+            grid_tyx=grid.grid_tyx,
+            tile_tyx=grid.tile_tyx,
+            sparsity=float(VSA_sparsity),
+            num_kept_tiles=num_kept_tiles(grid.num_tiles, VSA_sparsity),
+            geometry=video_geometry(grid, device),
+        )
+
+
+class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
+    """Computes Video Sparse Attention for one layer.
+
+    Args:
+        num_heads: Number of query heads.
+        head_size: Size of one head.
+        softmax_scale: Factor of the scores, fine and coarse; any finite number.
+        causal: Must be False.
+        num_kv_heads: Number of key and value heads; `None` means `num_heads`.
+        prefix: The layer's dotted name in its model.
+        **extra_impl_args: None is known.
+
+    Raises:
+        TypeError: `extra_impl_args` holds a name.
+        NotImplementedError: `causal` is True.
+        ValueError: `softmax_scale` is not finite.
+    """
+
+    def __init__(  # type: ignore[no-untyped-def]  # the contract leaves `extra_impl_args` without annotation
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        **extra_impl_args,
+    ) -> None:
+        super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, **extra_impl_args)
+        if causal:
+            raise NotImplementedError("VIDEO_SPARSE_ATTN has no causal form; use causal=False or a dense backend")
+        if not math.isfinite(softmax_scale):
+            raise ValueError(f"expected a finite softmax_scale, got {softmax_scale=}")
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: VideoSparseAttentionMetadata,
+        *,
+        gate_compress: torch.Tensor | None = None,
+        num_replicated: int = 0,
+    ) -> torch.Tensor:
+        """Attend to the tiles that fit best.
+
+        Args:
+            query: `[B, S + R, H, D]`, video tokens in raster order, then replicated text tokens.
+            key: `[B, S + R, H_kv, D]`.
+            value: `[B, S + R, H_kv, D]`.
+            attn_metadata: The step's metadata.
+            gate_compress: Factor of the coarse part's output, `[B, S, H, D]`; `None` means no coarse part at all.
+            num_replicated: R. Every video token sees these tokens, and they see everything.
+
+        Returns:
+            `[B, S + R, H, D]`.
+
+        Raises:
+            ValueError: There is no metadata, or its grid is not that of the sequence.
+        """
+        # Not the annotated type where someone calls this by hand.
+        metadata: object = attn_metadata
+        if not isinstance(metadata, VideoSparseAttentionMetadata):
+            raise ValueError(
+                f"VIDEO_SPARSE_ATTN needs metadata of class VideoSparseAttentionMetadata, got {type(metadata).__name__}; build "
+                "it with VideoSparseAttentionMetadataBuilder().build(current_timestep=..., raw_latent_shape=..., "
+                "patch_size=..., VSA_sparsity=..., device=...) and run the model inside "
+                "fastvideo.forward_context.set_forward_context(current_timestep, metadata)"
+            )
+        num_tokens = math.prod(metadata.grid_tyx)
+        if num_tokens != query.shape[1] - num_replicated:
+            raise ValueError(
+                f"the metadata's grid_tyx={metadata.grid_tyx} has {num_tokens} tokens, the sequence has {query.shape[1]}, "
+                f"{num_replicated} of them replicated; build the metadata with this video's raw_latent_shape and patch_size"
+            )
+        return video_sparse_attention(
+            query,
+            key,
+            value,
+            metadata.grid_tyx,
+            num_kept=metadata.num_kept_tiles,
+            gate=gate_compress,
+            tile_tyx=metadata.tile_tyx,
+            num_replicated=num_replicated,
+            scale=self.softmax_scale,
+            geometry=metadata.geometry,
+        )
