@@ -1,0 +1,44 @@
+"""Training batches: reproducible, from their split, with the prompts' tokens and the promised noise levels."""
+
+import torch
+
+from fastvideo.models.sprites.prompts import NULL_ID
+from fastvideo.training.config import TrainConfig
+from fastvideo.training.data import ExampleSource, stratified_noise_levels
+
+CONFIG = TrainConfig(batch_size=64, num_frames=2, frame_size=16)
+
+
+def test_a_step_has_one_batch_and_another_step_another():
+    source = ExampleSource(CONFIG, "cpu")
+    first, other = source.batch(3), source.batch(4)
+    again = ExampleSource(CONFIG, "cpu").batch(3)
+    for name in ("clean", "noise", "sigmas", "token_ids"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+def test_a_tenth_of_the_prompts_is_dropped():
+    source = ExampleSource(CONFIG, "cpu")
+    dropped = torch.cat([source.batch(step).token_ids[:, 0] == NULL_ID for step in range(20)])
+    assert 0.07 < dropped.float().mean() < 0.13
+    assert not (source.batch(0, text_dropout=0.0).token_ids[:, 0] == NULL_ID).any()
+
+
+def test_clips_and_noise_have_their_ranges():
+    batch = ExampleSource(CONFIG, "cpu").batch(0)
+    assert batch.clean.shape == (64, 3, 2, 16, 16)
+    assert batch.clean.min() >= -1
+    assert batch.clean.max() <= 1
+    assert abs(batch.noise.mean()) < 0.01
+    assert abs(batch.noise.std() - 1) < 0.01
+
+
+def test_noise_levels_follow_their_distribution():
+    uniform = torch.rand(4096, generator=torch.Generator().manual_seed(0))
+    levels = stratified_noise_levels(uniform, shift=6.0, uniform_share=0.25)
+    expected = torch.cat([torch.linspace(0, 1, 1024), 1 / (1 + torch.exp(-torch.randn(3072) - torch.log(torch.tensor(6.0))))])
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    torch.testing.assert_close(levels.quantile(quantiles), expected.quantile(quantiles), atol=0.02, rtol=0)
+    assert torch.equal(stratified_noise_levels(uniform, 6.0, 1.0), (torch.arange(4096) + uniform) / 4096)
+    assert (stratified_noise_levels(uniform, 6.0, 0.0).median() - 6 / 7).abs() < 0.01
