@@ -37,7 +37,8 @@ def build(config: WanConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.fl
         for name, parameter in model.named_parameters():
             if "to_gate_compress" not in name:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise * (0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5))
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(centre + noise * (0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5))
     return model.to(dtype)
 
 
