@@ -42,6 +42,7 @@ class Implementation:
 
 
 IMPLEMENTATIONS: dict[str, str] = {
+    "triton": "fastvideo.block_sparse.impl.triton:IMPLEMENTATION",
     "portable": "fastvideo.block_sparse.impl.portable:IMPLEMENTATION",
     "reference": "fastvideo.block_sparse.impl.reference:IMPLEMENTATION",
 }

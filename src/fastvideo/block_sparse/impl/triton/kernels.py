@@ -1,0 +1,415 @@
+"""Triton kernels of block-sparse attention: forward, dquery, dkey with dvalue, and the row sums that both need.
+
+A program owns one block of one tile (of one batch and head) and walks the list of tiles that it meets, one step at a
+time. A step covers `BLOCK` packed rows: a piece of a large tile, one tile, or several small ones side by side, each in
+a slot of `SLOT` rows. Rows are found through the layout's order, so no tensor is permuted, and rows behind the end of
+a tile are never read. Scores, softmax and sums are in fp32; exponents are base 2. Every sum has a fixed order.
+
+Sizes that only place a program's work are not specialised, so a kernel is compiled once for lists of any width.
+
+Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a block, `s_` strides in elements.
+Shape legend: M query rows of a block, N key rows, D head size padded to a power of two.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (the types of kernel arguments are Triton's, not Python's)
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _own_rows(i_tile, i_piece, offsets, TILE: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Packed rows of one piece of a tile, and which of them are real."""
+    o_inside = i_piece * BLOCK + tl.arange(0, BLOCK)
+    if UNIFORM:
+        return i_tile * TILE + o_inside, o_inside < TILE
+    i_start = tl.load(offsets + i_tile)
+    return i_start + o_inside, o_inside < tl.load(offsets + i_tile + 1) - i_start
+
+
+@triton.jit
+def _num_steps(num_listed, TILE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr):
+    """Steps of a walk over `num_listed` tiles."""
+    if TILE > BLOCK:
+        return num_listed * ((TILE + BLOCK - 1) // BLOCK)
+    return tl.cdiv(num_listed, BLOCK // SLOT)
+
+
+@triton.jit
+def _step_rows(
+    i_step, p_list, num_listed, offsets, TILE: tl.constexpr, SLOT: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Packed rows of one step of a walk, and which of them are real."""
+    o_block = tl.arange(0, BLOCK)
+    if TILE > BLOCK:
+        PIECES: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
+        i_tile = tl.load(p_list + i_step // PIECES)
+        return _own_rows(i_tile, i_step % PIECES, offsets, TILE, UNIFORM, BLOCK)
+    if SLOT == BLOCK:
+        return _own_rows(tl.load(p_list + i_step), 0, offsets, TILE, UNIFORM, BLOCK)
+    o_entry = i_step * (BLOCK // SLOT) + o_block // SLOT
+    o_inside = o_block % SLOT
+    m_entry = o_entry < num_listed
+    o_tile = tl.load(p_list + o_entry, mask=m_entry, other=0)
+    if UNIFORM:
+        return o_tile * TILE + o_inside, m_entry & (o_inside < TILE)
+    o_start = tl.load(offsets + o_tile)
+    return o_start + o_inside, m_entry & (o_inside < tl.load(offsets + o_tile + 1) - o_start)
+
+
+@triton.jit
+def _tokens(order, o_packed, m_rows):
+    """Tokens of packed rows, int64."""
+    if order is None:
+        return o_packed.to(tl.int64)
+    return tl.load(order + o_packed, mask=m_rows, other=0).to(tl.int64)
+
+
+@triton.jit
+def _load_block(p_base, o_token, s_token, m_rows, HEAD_SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `[BLOCK, D]` of a tensor; what is not real is 0 and not read."""
+    o_d = tl.arange(0, D)
+    p_block = p_base + o_token[:, None] * s_token + o_d[None, :]
+    if HEAD_SIZE != D:
+        return tl.load(p_block, mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(p_block, mask=m_rows[:, None], other=0.0)
+    return tl.load(p_block)
+
+
+@triton.jit
+def _store_block(p_base, o_token, s_token, m_rows, b_block, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
+    o_d = tl.arange(0, D)
+    p_block = p_base + o_token[:, None] * s_token + o_d[None, :]
+    tl.store(p_block, b_block.to(p_base.dtype.element_ty), mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :])
+
+
+@triton.jit(do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_QUERIES", "HEADS", "GROUP", "s_ib", "s_ih"])
+def block_sparse_fwd_kernel(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    indices,
+    counts,
+    q_offsets,
+    k_offsets,
+    q_order,
+    k_order,
+    scale_log2,
+    s_qb,
+    s_qs,
+    s_qh,
+    s_kb,
+    s_ks,
+    s_kh,
+    s_vb,
+    s_vs,
+    s_vh,
+    s_ib,
+    s_ih,
+    WIDTH,
+    NUM_Q_TILES,
+    NUM_QUERIES,
+    HEADS,
+    GROUP,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    Q_UNIFORM: tl.constexpr,
+    K_TILE: tl.constexpr,
+    K_SLOT: tl.constexpr,
+    K_UNIFORM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K_MASKED: tl.constexpr,
+    SCALE_IS_POSITIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output `[B, S_q, Hq, D]` and natural log-sum-exp `[B, S_q, Hq]`, one block of query rows a program.
+
+    `indices` has strides `s_ib`, `s_ih` (0 where shared) and contiguous lists of `WIDTH` entries; a list's place
+    divided by `WIDTH` is its count's place.
+    """
+    Q_PIECES: tl.constexpr = (Q_TILE + M - 1) // M
+    num_blocks = NUM_Q_TILES * Q_PIECES
+    i_block, i_bh = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
+    i_b, i_h = (i_bh // HEADS).to(tl.int64), (i_bh % HEADS).to(tl.int64)
+    i_tile = i_block // Q_PIECES
+
+    o_packed, m_q = _own_rows(i_tile, i_block % Q_PIECES, q_offsets, Q_TILE, Q_UNIFORM, M)
+    o_token = _tokens(q_order, o_packed, m_q)
+    b_q = _load_block(query + i_b * s_qb + i_h * s_qh, o_token, s_qs, m_q, HEAD_SIZE, D, True)
+    p_key = key + i_b * s_kb + (i_h // GROUP) * s_kh
+    p_value = value + i_b * s_vb + (i_h // GROUP) * s_vh
+
+    i_list = i_b * s_ib + i_h * s_ih + i_tile.to(tl.int64) * WIDTH
+    num_listed = WIDTH
+    if counts is not None:
+        num_listed = tl.load(counts + i_list // WIDTH)
+    b_out = tl.zeros([M, D], tl.float32)
+    b_max = tl.full([M], -float("inf"), tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
+        o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
+        o_row = _tokens(k_order, o_row, m_k)
+        b_k = _load_block(p_key, o_row, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if SCALE_IS_POSITIVE:
+            if K_MASKED:
+                b_s = tl.where(m_k[None, :], b_s, -float("inf"))
+            b_top = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+            b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_top[:, None]))
+        else:
+            b_s = b_s * scale_log2
+            if K_MASKED:
+                b_s = tl.where(m_k[None, :], b_s, -float("inf"))
+            b_top = tl.maximum(b_max, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - b_top[:, None])
+        b_shrink = tl.exp2(b_max - b_top)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_out = b_out * b_shrink[:, None]
+        b_v = _load_block(p_value, o_row, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        b_max = b_top
+
+    m_seen = b_sum > 0.0
+    b_out = b_out * (1.0 / tl.where(m_seen, b_sum, 1.0))[:, None]
+    b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * _LN2, -float("inf"))
+    o_row = (i_b * NUM_QUERIES + o_token) * HEADS + i_h
+    tl.store(lse + o_row, b_lse, mask=m_q)
+    _store_block(out, o_row, HEAD_SIZE, m_q, b_out, HEAD_SIZE, D)
+
+
+@triton.jit(do_not_specialize=["NUM_QUERIES", "HEADS"])
+def block_sparse_bwd_rows_kernel(
+    out,
+    dout,
+    lse,
+    dlse,
+    q_order,
+    lse_log2,
+    delta,
+    s_db,
+    s_ds,
+    s_dh,
+    s_lb,
+    s_ls,
+    s_lh,
+    NUM_QUERIES,
+    HEADS,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Base-2 log-sum-exp and `delta = rowsum(dout * out) - dlse`, `[B, Hq, S_q]` by packed row.
+
+    Rows that see nothing get +inf and 0, so that their probabilities and gradients become 0.
+    """
+    num_blocks = tl.cdiv(NUM_QUERIES, M)
+    i_block, i_bh = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
+    i_b, i_h = (i_bh // HEADS).to(tl.int64), (i_bh % HEADS).to(tl.int64)
+    o_packed = i_block * M + tl.arange(0, M)
+    m_rows = o_packed < NUM_QUERIES
+    o_token = _tokens(q_order, o_packed, m_rows)
+    o_row = (i_b * NUM_QUERIES + o_token) * HEADS + i_h
+    b_out = _load_block(out, o_row, HEAD_SIZE, m_rows, HEAD_SIZE, D, True).to(tl.float32)
+    b_dout = _load_block(dout + i_b * s_db + i_h * s_dh, o_token, s_ds, m_rows, HEAD_SIZE, D, True).to(tl.float32)
+    b_lse = tl.load(lse + o_row, mask=m_rows, other=0.0)
+    b_delta = tl.sum(b_out * b_dout, 1)
+    if dlse is not None:
+        b_delta -= tl.load(dlse + i_b * s_lb + o_token * s_ls + i_h * s_lh, mask=m_rows, other=0.0)
+    m_seen = b_lse != -float("inf")
+    o_result = i_bh.to(tl.int64) * NUM_QUERIES + o_packed
+    tl.store(lse_log2 + o_result, tl.where(m_seen, b_lse * _LOG2E, float("inf")), mask=m_rows)
+    tl.store(delta + o_result, tl.where(m_seen, b_delta, 0.0), mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_QUERIES", "HEADS", "GROUP", "s_ib", "s_ih"])
+def block_sparse_bwd_dq_kernel(
+    query,
+    key,
+    value,
+    dout,
+    lse_log2,
+    delta,
+    dquery,
+    indices,
+    counts,
+    q_offsets,
+    k_offsets,
+    q_order,
+    k_order,
+    scale,
+    scale_log2,
+    s_qb,
+    s_qs,
+    s_qh,
+    s_kb,
+    s_ks,
+    s_kh,
+    s_vb,
+    s_vs,
+    s_vh,
+    s_db,
+    s_ds,
+    s_dh,
+    s_ib,
+    s_ih,
+    WIDTH,
+    NUM_Q_TILES,
+    NUM_QUERIES,
+    HEADS,
+    GROUP,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    Q_UNIFORM: tl.constexpr,
+    K_TILE: tl.constexpr,
+    K_SLOT: tl.constexpr,
+    K_UNIFORM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K_MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of the queries, `[B, S_q, Hq, D]` contiguous, one block of query rows a program."""
+    Q_PIECES: tl.constexpr = (Q_TILE + M - 1) // M
+    num_blocks = NUM_Q_TILES * Q_PIECES
+    i_block, i_bh = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
+    i_b, i_h = (i_bh // HEADS).to(tl.int64), (i_bh % HEADS).to(tl.int64)
+    i_tile = i_block // Q_PIECES
+
+    o_packed, m_q = _own_rows(i_tile, i_block % Q_PIECES, q_offsets, Q_TILE, Q_UNIFORM, M)
+    o_token = _tokens(q_order, o_packed, m_q)
+    b_q = _load_block(query + i_b * s_qb + i_h * s_qh, o_token, s_qs, m_q, HEAD_SIZE, D, True)
+    b_dout = _load_block(dout + i_b * s_db + i_h * s_dh, o_token, s_ds, m_q, HEAD_SIZE, D, True)
+    i_rows = i_bh.to(tl.int64) * NUM_QUERIES
+    b_lse = tl.load(lse_log2 + i_rows + o_packed, mask=m_q, other=float("inf"))
+    b_delta = tl.load(delta + i_rows + o_packed, mask=m_q, other=0.0)
+    p_key = key + i_b * s_kb + (i_h // GROUP) * s_kh
+    p_value = value + i_b * s_vb + (i_h // GROUP) * s_vh
+
+    i_list = i_b * s_ib + i_h * s_ih + i_tile.to(tl.int64) * WIDTH
+    num_listed = WIDTH
+    if counts is not None:
+        num_listed = tl.load(counts + i_list // WIDTH)
+    b_dq = tl.zeros([M, D], tl.float32)
+    for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
+        o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
+        o_row = _tokens(k_order, o_row, m_k)
+        b_k = _load_block(p_key, o_row, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
+        b_v = _load_block(p_value, o_row, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+        b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[:, None]))
+        if K_MASKED:
+            b_p = tl.where(m_k[None, :], b_p, 0.0)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    o_row = (i_b * NUM_QUERIES + o_token) * HEADS + i_h
+    _store_block(dquery, o_row, HEAD_SIZE, m_q, b_dq * scale, HEAD_SIZE, D)
+
+
+@triton.jit(do_not_specialize=["NUM_K_TILES", "NUM_QUERIES", "NUM_KEYS", "KV_HEADS", "s_ob", "s_oh", "s_ib", "s_ih"])
+def block_sparse_bwd_dkdv_kernel(
+    query,
+    key,
+    value,
+    dout,
+    lse_log2,
+    delta,
+    dkey,
+    dvalue,
+    list_offsets,
+    lists,
+    q_offsets,
+    k_offsets,
+    q_order,
+    k_order,
+    scale,
+    scale_log2,
+    s_qb,
+    s_qs,
+    s_qh,
+    s_kb,
+    s_ks,
+    s_kh,
+    s_vb,
+    s_vs,
+    s_vh,
+    s_db,
+    s_ds,
+    s_dh,
+    s_ob,
+    s_oh,
+    s_ib,
+    s_ih,
+    NUM_K_TILES,
+    NUM_QUERIES,
+    NUM_KEYS,
+    KV_HEADS,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    Q_SLOT: tl.constexpr,
+    Q_UNIFORM: tl.constexpr,
+    K_TILE: tl.constexpr,
+    K_UNIFORM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    Q_MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of keys and values, `[B, S_k, Hkv, D]` contiguous, one block of key rows a program.
+
+    `lists` holds the query tiles that see each key tile, in compressed rows; the query heads of a group follow one
+    another. Scores are held transposed, `[N, M]`.
+    """
+    K_PIECES: tl.constexpr = (K_TILE + N - 1) // N
+    num_blocks = NUM_K_TILES * K_PIECES
+    i_block, i_bh = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
+    i_b, i_h = (i_bh // KV_HEADS).to(tl.int64), (i_bh % KV_HEADS).to(tl.int64)
+    i_tile = i_block // K_PIECES
+
+    o_packed, m_k = _own_rows(i_tile, i_block % K_PIECES, k_offsets, K_TILE, K_UNIFORM, N)
+    o_token = _tokens(k_order, o_packed, m_k)
+    b_k = _load_block(key + i_b * s_kb + i_h * s_kh, o_token, s_ks, m_k, HEAD_SIZE, D, True)
+    b_v = _load_block(value + i_b * s_vb + i_h * s_vh, o_token, s_vs, m_k, HEAD_SIZE, D, True)
+    b_dk = tl.zeros([N, D], tl.float32)
+    b_dv = tl.zeros([N, D], tl.float32)
+    for i_group in range(GROUP):
+        i_qh = i_h * GROUP + i_group
+        p_offset = list_offsets + i_b * s_ob + i_qh * s_oh + i_tile
+        i_first = tl.load(p_offset)
+        num_listed = tl.load(p_offset + 1) - i_first
+        p_list = lists + i_b * s_ib + i_qh * s_ih + i_first
+        p_query = query + i_b * s_qb + i_qh * s_qh
+        p_dout = dout + i_b * s_db + i_qh * s_dh
+        i_rows = (i_b * (KV_HEADS * GROUP) + i_qh) * NUM_QUERIES
+        for i_step in range(_num_steps(num_listed, Q_TILE, Q_SLOT, M)):
+            o_q, m_q = _step_rows(i_step, p_list, num_listed, q_offsets, Q_TILE, Q_SLOT, Q_UNIFORM, M)
+            o_q_token = _tokens(q_order, o_q, m_q)
+            b_q = _load_block(p_query, o_q_token, s_qs, m_q, HEAD_SIZE, D, Q_MASKED)
+            b_dout = _load_block(p_dout, o_q_token, s_ds, m_q, HEAD_SIZE, D, Q_MASKED)
+            if Q_MASKED:
+                b_lse = tl.load(lse_log2 + i_rows + o_q, mask=m_q, other=float("inf"))
+                b_delta = tl.load(delta + i_rows + o_q, mask=m_q, other=0.0)
+            else:
+                b_lse = tl.load(lse_log2 + i_rows + o_q)
+                b_delta = tl.load(delta + i_rows + o_q)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+            b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[None, :]))
+            b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+            b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    o_row = (i_b * NUM_KEYS + o_token) * KV_HEADS + i_h
+    _store_block(dkey, o_row, HEAD_SIZE, m_k, b_dk * scale, HEAD_SIZE, D)
+    _store_block(dvalue, o_row, HEAD_SIZE, m_k, b_dv, HEAD_SIZE, D)
