@@ -326,7 +326,7 @@ class DistributedAttention(_AttentionLayer):
         if gate is not None and (gate.shape != q.shape or gate.dtype != q.dtype or gate.device != q.device):
             raise ValueError(f"expected gate_compress like q, {tuple(q.shape)} {q.dtype}, got {tuple(gate.shape)} {gate.dtype}")
         rows = (q.shape[0], q.shape[1] + num_replicated, self.num_heads, self.head_size)
-        is_sharded = attn_mask is not None and attn_mask.dim() == 2
+        is_sharded = isinstance(attn_mask, torch.Tensor) and attn_mask.dim() == 2
         kind = mask_kind(attn_mask, rows, k.shape[1] * (1 if is_sharded else group.size) + num_replicated, q)
         call = describe_call(
             q, k, v, attn_mask, kind, self.softmax_scale, self.causal,

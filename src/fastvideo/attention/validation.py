@@ -6,6 +6,7 @@ Every message says what was expected, what came and what to do. `B batch, S toke
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 
@@ -153,16 +154,18 @@ def check_causal_lengths(query_len: int, key_len: int) -> None:
         )
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast floating tensors as `scaled_dot_product_attention` does under `torch.autocast`; otherwise return them."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
+def autocast(*arguments: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast floating tensors as `scaled_dot_product_attention` does under `torch.autocast`; return what is no tensor as it is."""
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    device = tensors[0].device.type if tensors else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return arguments
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
+    return tuple(argument.to(dtype) if _is_castable(argument) else argument for argument in arguments)
+
+
+def _is_castable(argument: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(argument, torch.Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
 
 
 def check_replicated(

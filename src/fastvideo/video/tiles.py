@@ -100,7 +100,7 @@ class TileGrid:
     @property
     def max_size(self) -> int:
         """Tokens of the largest tile."""
-        return math.prod(map(min, self.grid_tyx, self.tile_tyx))
+        return math.prod([min(edges) for edges in zip(self.grid_tyx, self.tile_tyx, strict=True)])
 
     @property
     def is_uniform(self) -> bool:
