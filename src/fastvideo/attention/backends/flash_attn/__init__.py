@@ -67,11 +67,11 @@ class FlashAttentionBackend(AttentionBackend):
     def rejections(cls, request: AttentionRequest) -> tuple[str, ...]:
         """Return every reason against `request`: those of any generation first, then those of each that remain."""
         reasons = [*super().rejections(request), *common_rejections(request)]
+        system = current_platform(request.device) if request.system is None else request.system
         if request.device != "cuda":
-            return (*reasons, f"device {request.device!r} is not supported; expected cuda")
-        system = current_platform("cuda") if request.system is None else request.system
-        if system.platform != "cuda":
-            return (*reasons, f"{system.device_name} is not an NVIDIA GPU, for which these packages are built")
+            reasons.append(f"device {request.device!r} is not supported; expected cuda")
+        elif system.platform != "cuda":
+            reasons.append(f"{system.device_name} is not an NVIDIA GPU, for which these packages are built")
         if request.dtype not in _HALF_DTYPES:
             reasons.append(f"dtype {request.dtype} is not supported; expected torch.bfloat16 or torch.float16")
         if request.mask in ("bool", "additive"):
@@ -83,9 +83,7 @@ class FlashAttentionBackend(AttentionBackend):
     @classmethod
     def expected_speed(cls, request: AttentionRequest) -> float:
         """Return TFLOP/s of the generation that would run, as measured on an H200."""
-        if request.device != "cuda":
-            return 0.0
-        system = current_platform("cuda") if request.system is None else request.system
+        system = current_platform(request.device) if request.system is None else request.system
         generation, _ = choose_generation(request, system)
         return 0.0 if generation is None else generation.speed[request.needs_grad]
 

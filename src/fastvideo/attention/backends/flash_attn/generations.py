@@ -49,8 +49,9 @@ class Generation:
             numbers = tuple(map(int, re.findall(r"\d+", version)))
             if numbers < self.minimum[: len(numbers)]:
                 reasons.append(f"version {version} is too old; {self.install}")
-        if system.capability is None or system.capability[0] not in self.majors:
-            found = "no compute capability" if system.capability is None else "{}.{}".format(*system.capability)
+        capability = system.capability if system.platform == "cuda" else None
+        if capability is None or capability[0] not in self.majors:
+            found = "none" if capability is None else "{}.{}".format(*capability)
             wanted = ", ".join(f"{major}.x" for major in self.majors)
             reasons.append(f"needs compute capability {wanted}; {system.device_name} has {found}")
         reasons += self.limits(request, system)
