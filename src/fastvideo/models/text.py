@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo.attention.layer import LocalAttention
+from fastvideo.platforms import AttentionBackendEnum
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ class _EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.widen = nn.Linear(dim, 4 * dim)
         self.narrow = nn.Linear(4 * dim, dim)
-        self.attention = LocalAttention(config.num_heads, dim // config.num_heads, prefix=prefix)
+        self.attention = LocalAttention(
+            config.num_heads,
+            dim // config.num_heads,
+            supported_attention_backends=(AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TORCH_SDPA),
+            prefix=prefix,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, L, C]` to `[B, L, C]`."""

@@ -100,7 +100,8 @@ class TileGrid:
     @property
     def max_size(self) -> int:
         """Tokens of the largest tile."""
-        return math.prod([min(edges) for edges in zip(self.grid_tyx, self.tile_tyx, strict=True)])
+        (t, y, x), (tile_t, tile_y, tile_x) = self.grid_tyx, self.tile_tyx
+        return min(t, tile_t) * min(y, tile_y) * min(x, tile_x)
 
     @property
     def is_uniform(self) -> bool:

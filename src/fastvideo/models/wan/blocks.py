@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from fastvideo.attention.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
 from fastvideo.models.wan.config import WanConfig
 from fastvideo.models.wan.embeddings import RotaryTables
+from fastvideo.platforms import AttentionBackendEnum
+
+DENSE_BACKENDS = (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TORCH_SDPA)
+"""What attention to text may run: a scope that asks for a sparse backend means self attention."""
 
 
 def widen(x: Tensor) -> Tensor:
@@ -129,7 +133,12 @@ class WanCrossAttention(_Projections):
 
     def __init__(self, config: WanConfig, prefix: str) -> None:
         super().__init__(config)
-        self.attention = LocalAttention(config.num_attention_heads, config.attention_head_dim, prefix=prefix)
+        self.attention = LocalAttention(
+            config.num_attention_heads,
+            config.attention_head_dim,
+            supported_attention_backends=DENSE_BACKENDS,
+            prefix=prefix,
+        )
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Attend to the text.
