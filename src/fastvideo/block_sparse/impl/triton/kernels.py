@@ -26,17 +26,19 @@ def _own_rows(i_tile, i_piece, offsets, TILE: tl.constexpr, UNIFORM: tl.constexp
     """Packed rows of one piece of a tile, and which of them are real."""
     o_inside = i_piece * BLOCK + tl.arange(0, BLOCK)
     if UNIFORM:
-        return i_tile * TILE + o_inside, o_inside < TILE
-    i_start = tl.load(offsets + i_tile)
-    return i_start + o_inside, o_inside < tl.load(offsets + i_tile + 1) - i_start
+        i_start = i_tile * TILE
+        m_rows = o_inside < TILE
+    else:
+        i_start = tl.load(offsets + i_tile)
+        m_rows = o_inside < tl.load(offsets + i_tile + 1) - i_start
+    return i_start + o_inside, m_rows
 
 
 @triton.jit
 def _num_steps(num_listed, TILE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr):
     """Steps of a walk over `num_listed` tiles."""
-    if TILE > BLOCK:
-        return num_listed * ((TILE + BLOCK - 1) // BLOCK)
-    return tl.cdiv(num_listed, BLOCK // SLOT)
+    PIECES: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
+    return tl.cdiv(num_listed * PIECES, BLOCK // SLOT)
 
 
 @triton.jit
@@ -44,29 +46,31 @@ def _step_rows(
     i_step, p_list, num_listed, offsets, TILE: tl.constexpr, SLOT: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Packed rows of one step of a walk, and which of them are real."""
-    o_block = tl.arange(0, BLOCK)
-    if TILE > BLOCK:
+    if SLOT == BLOCK:
         PIECES: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
         i_tile = tl.load(p_list + i_step // PIECES)
-        return _own_rows(i_tile, i_step % PIECES, offsets, TILE, UNIFORM, BLOCK)
-    if SLOT == BLOCK:
-        return _own_rows(tl.load(p_list + i_step), 0, offsets, TILE, UNIFORM, BLOCK)
-    o_entry = i_step * (BLOCK // SLOT) + o_block // SLOT
-    o_inside = o_block % SLOT
-    m_entry = o_entry < num_listed
-    o_tile = tl.load(p_list + o_entry, mask=m_entry, other=0)
-    if UNIFORM:
-        return o_tile * TILE + o_inside, m_entry & (o_inside < TILE)
-    o_start = tl.load(offsets + o_tile)
-    return o_start + o_inside, m_entry & (o_inside < tl.load(offsets + o_tile + 1) - o_start)
+        o_row, m_rows = _own_rows(i_tile, i_step % PIECES, offsets, TILE, UNIFORM, BLOCK)
+    else:
+        o_block = tl.arange(0, BLOCK)
+        o_entry = i_step * (BLOCK // SLOT) + o_block // SLOT
+        o_inside = o_block % SLOT
+        m_rows = o_entry < num_listed
+        o_tile = tl.load(p_list + o_entry, mask=m_rows, other=0)
+        if UNIFORM:
+            o_row = o_tile * TILE + o_inside
+            m_rows = m_rows & (o_inside < TILE)
+        else:
+            o_start = tl.load(offsets + o_tile)
+            o_row = o_start + o_inside
+            m_rows = m_rows & (o_inside < tl.load(offsets + o_tile + 1) - o_start)
+    return o_row, m_rows
 
 
 @triton.jit
 def _tokens(order, o_packed, m_rows):
     """Tokens of packed rows, int64."""
-    if order is None:
-        return o_packed.to(tl.int64)
-    return tl.load(order + o_packed, mask=m_rows, other=0).to(tl.int64)
+    o_token = o_packed if order is None else tl.load(order + o_packed, mask=m_rows, other=0)
+    return o_token.to(tl.int64)
 
 
 @triton.jit
@@ -75,10 +79,12 @@ def _load_block(p_base, o_token, s_token, m_rows, HEAD_SIZE: tl.constexpr, D: tl
     o_d = tl.arange(0, D)
     p_block = p_base + o_token[:, None] * s_token + o_d[None, :]
     if HEAD_SIZE != D:
-        return tl.load(p_block, mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :], other=0.0)
-    if MASKED:
-        return tl.load(p_block, mask=m_rows[:, None], other=0.0)
-    return tl.load(p_block)
+        b_block = tl.load(p_block, mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :], other=0.0)
+    elif MASKED:
+        b_block = tl.load(p_block, mask=m_rows[:, None], other=0.0)
+    else:
+        b_block = tl.load(p_block)
+    return b_block
 
 
 @triton.jit
@@ -413,3 +419,32 @@ def block_sparse_bwd_dkdv_kernel(
     o_row = (i_b * NUM_KEYS + o_token) * KV_HEADS + i_h
     _store_block(dkey, o_row, HEAD_SIZE, m_k, b_dk * scale, HEAD_SIZE, D)
     _store_block(dvalue, o_row, HEAD_SIZE, m_k, b_dv, HEAD_SIZE, D)
+
+
+@triton.jit(do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_K_TILES"])
+def block_sparse_mark_kernel(indices, counts, marks, WIDTH, NUM_Q_TILES, NUM_K_TILES, BLOCK: tl.constexpr):
+    """Set `marks[list, key tile, query tile]` to 1 where listed, for `[lists, NUM_Q_TILES, WIDTH]` indices."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_q, i_list = i_row % NUM_Q_TILES, i_row // NUM_Q_TILES
+    num_listed = WIDTH
+    if counts is not None:
+        num_listed = tl.load(counts + i_row)
+    for i_first in range(0, num_listed, BLOCK):
+        o_entry = i_first + tl.arange(0, BLOCK)
+        m_entry = o_entry < num_listed
+        o_k = tl.load(indices + i_row * WIDTH + o_entry, mask=m_entry, other=0).to(tl.int64)
+        b_one = tl.full([BLOCK], 1, tl.uint8)
+        tl.store(marks + (i_list * NUM_K_TILES + o_k) * NUM_Q_TILES + i_q, b_one, mask=m_entry)
+
+
+@triton.jit(do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_K_TILES"])
+def block_sparse_compress_kernel(marks, offsets, lists, WIDTH, NUM_Q_TILES, NUM_K_TILES, BLOCK: tl.constexpr):
+    """Write the marked query tiles of each key tile, ascending, at its offset in `[lists, NUM_Q_TILES * WIDTH]`."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_k, i_list = i_row % NUM_K_TILES, i_row // NUM_K_TILES
+    i_next = tl.load(offsets + i_list * (NUM_K_TILES + 1) + i_k).to(tl.int64) + i_list * NUM_Q_TILES * WIDTH
+    for i_first in range(0, NUM_Q_TILES, BLOCK):
+        o_q = i_first + tl.arange(0, BLOCK)
+        b_mark = tl.load(marks + i_row * NUM_Q_TILES + o_q, mask=o_q < NUM_Q_TILES, other=0).to(tl.int32)
+        tl.store(lists + i_next + tl.cumsum(b_mark, 0) - 1, o_q, mask=b_mark > 0)
+        i_next += tl.sum(b_mark, 0)

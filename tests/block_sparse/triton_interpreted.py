@@ -1,0 +1,164 @@
+"""The Triton kernels on a CPU, in Triton's interpreter; `test_triton.py` runs this file in a process of its own.
+
+The interpreter has to be switched on before the kernels are defined: `TRITON_INTERPRET=1 python -m pytest <this file>`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import triton  # noqa: F401 (the interpreter is considered only in programs that imported it)
+
+from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse.impl import choose_implementation
+from fastvideo.block_sparse.impl.triton import launch
+from fastvideo.testing import assert_op_within_budget, reference_attention
+
+# Query tile sizes, key tile sizes, batch, query heads, key heads, head size.
+SHAPES = {
+    "one_token": ([1], [1], 1, 1, 1, 1),
+    "uniform": ([16] * 4, [16] * 5, 1, 2, 2, 16),
+    "uniform_64": ([64] * 2, [64] * 3, 1, 1, 1, 64),
+    "ragged": ([5, 16, 1, 16], [16, 7, 3, 16, 2], 2, 4, 2, 24),
+    "sixty": ([60, 60], [60, 60, 60], 1, 2, 1, 32),
+    "text": ([16, 16, 16, 11], [64, 64, 7], 1, 2, 2, 16),
+    "pieces": ([70, 128], [100, 256, 3], 1, 2, 2, 16),
+    "even_pieces": ([128, 128], [128, 128], 1, 1, 1, 16),
+    "big_head": ([16, 13], [16, 16], 1, 1, 1, 200),
+}
+DTYPES = (torch.float32, torch.float16)
+
+
+def make_pattern(shape: str, *, ordered: bool = True, shared: bool = False) -> BlockPattern:
+    """Random lists; the first query tile sees nothing where there are several, and every token has moved."""
+    query_sizes, key_sizes, batch, heads, *_ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(1)
+    layouts = [
+        TileLayout.from_sizes(sizes, order=torch.randperm(sum(sizes), generator=generator) if ordered else None)
+        for sizes in (query_sizes, key_sizes)
+    ]
+    mask = torch.rand(1 if shared else batch, 1 if shared else heads, len(query_sizes), len(key_sizes), generator=generator)
+    mask = mask < 0.6
+    mask[:, :, 0] = len(query_sizes) == 1
+    mask[:, :, -1, -1] = True
+    return BlockPattern.from_mask(mask, *layouts)
+
+
+def make_inputs(shape: str, dtype: torch.dtype, size: float = 3.0) -> dict[str, torch.Tensor]:
+    query_sizes, key_sizes, batch, heads, kv_heads, head_size = SHAPES[shape]
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "query": size * randn(batch, sum(query_sizes), heads, head_size),
+        "key": size * randn(batch, sum(key_sizes), kv_heads, head_size),
+        "value": randn(batch, sum(key_sizes), kv_heads, head_size),
+    }
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def attend(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
+    return block_sparse_attention(query, key, value, pattern, scale=scale, return_lse=True, impl="triton")
+
+
+def reference(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
+    return reference_attention(query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True)
+
+
+def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
+    bound = {"pattern": pattern, "scale": scale}
+    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_log_sum_exp_and_gradients(shape: str, dtype: torch.dtype) -> None:
+    check(make_inputs(shape, dtype), make_pattern(shape))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.7])
+def test_any_scale(scale: float) -> None:
+    check(make_inputs("ragged", torch.float32), make_pattern("ragged"), scale)
+
+
+def test_shared_lists_without_order() -> None:
+    check(make_inputs("ragged", torch.float32), make_pattern("ragged", ordered=False, shared=True))
+
+
+@pytest.mark.parametrize("shape", ["uniform", "ragged", "pieces"])
+def test_lists_without_counts(shape: str) -> None:
+    layouts = make_pattern(shape)
+    indices = torch.tensor([[0, 2], [1, 2], [0, 1], [0, 2]], dtype=torch.int32)[: layouts.query_tiles.num_tiles]
+    pattern = BlockPattern(layouts.query_tiles, layouts.key_tiles, indices[None, None])
+    check(make_inputs(shape, torch.float32), pattern)
+
+
+def test_real_activations() -> None:
+    inputs = make_inputs("uniform_64", torch.float16, size=12.0)
+    assert float(inputs["query"].abs().max()) > 40
+    check(inputs, make_pattern("uniform_64"))
+
+
+def test_equal_scores_and_strided_inputs() -> None:
+    inputs = make_inputs("sixty", torch.float32)
+    inputs["query"] = torch.zeros_like(inputs["query"])
+    inputs["key"] = inputs["key"].transpose(1, 3).contiguous().transpose(1, 3)
+    inputs["value"] = inputs["value"].transpose(1, 2).contiguous().transpose(1, 2)
+    check(inputs, make_pattern("sixty"))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_nothing_but_listed_tokens_is_read(ordered: bool) -> None:
+    """Keys of a tile that nobody lists, and all memory around the tensors, are NaN."""
+    shape = "ragged"
+    pattern, inputs = make_pattern(shape, ordered=ordered), make_inputs(shape, torch.float32)
+    tile = 1
+    mask = pattern.tile_mask()
+    mask[..., tile] = False
+    pattern = BlockPattern.from_mask(mask, pattern.query_tiles, pattern.key_tiles)
+    hidden = pattern.key_tiles.tile_of_token() == tile
+    poisoned = {}
+    for name, x in inputs.items():
+        room = x.new_full((x.shape[0], x.shape[1] + 40, x.shape[2], x.shape[3] + 8), torch.nan)
+        poisoned[name] = room[:, 20:-20, :, : x.shape[3]]
+        poisoned[name].copy_(x)
+        if name != "query":
+            poisoned[name][:, hidden] = torch.nan
+            x[:, hidden] = 0.0
+    results = []
+    for tensors in (poisoned, inputs):
+        leaves = [x.detach().requires_grad_() for x in tensors.values()]
+        out, lse = attend(*leaves, pattern=pattern)
+        lse = lse[lse.isfinite()]
+        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    assert not results[0][3][:, hidden].any()
+    check(inputs, pattern)
+
+
+@pytest.mark.parametrize("has_counts", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (5, 7), (130, 9), (1030, 3)])
+def test_inverted_lists_are_those_of_the_pattern(num_queries: int, num_keys: int, has_counts: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layouts = TileLayout.uniform(num_queries, 1), TileLayout.uniform(num_keys, 1)
+    noise = torch.rand(2, 3, num_queries, num_keys, generator=generator)
+    if has_counts:
+        pattern = BlockPattern.from_mask(noise < 0.5, *layouts)
+    else:
+        pattern = BlockPattern.from_indices(noise.topk((num_keys + 1) // 2).indices.sort(-1).values, *layouts)
+    expected, got = pattern.invert(), launch.inverted_lists(pattern)
+    assert torch.equal(got.offsets, expected.offsets)
+    for row in range(6):
+        length = int(expected.offsets.flatten(0, 1)[row, -1])
+        lists = [x.query_tiles.flatten(0, 1)[row, :length] for x in (got, expected)]
+        assert torch.equal(*lists)
+
+
+def test_chosen_automatically() -> None:
+    inputs = make_inputs("uniform", torch.float32)
+    assert choose_implementation(*inputs.values(), make_pattern("uniform"))[0] == "triton"
+    inputs = make_inputs("uniform", torch.bfloat16)
+    name, trace = choose_implementation(*inputs.values(), make_pattern("uniform"))
+    assert name != "triton"
+    assert trace["triton"] == ("Triton's interpreter does not multiply bfloat16",)
