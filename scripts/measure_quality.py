@@ -21,24 +21,27 @@ from typing import Any
 
 import torch
 
-from fastvideo.models.sprites.pipeline import SpriteVideoModel
+from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
 from fastvideo.models.sprites.prompts import ScenePrompt
 from fastvideo.models.sprites.quality import QualityReport, check_clip
 from fastvideo.models.sprites.scenes import sample_prompts
 
 
 def judge_prompts(
-    model: SpriteVideoModel, scenes: Sequence[ScenePrompt], sparsity: float, batch_size: int, first_seed: int, steps: int
+    model: SpriteVideoModel,
+    scenes: Sequence[ScenePrompt],
+    settings: SamplingSettings,
+    batch_size: int,
+    first_seed: int,
 ) -> list[QualityReport]:
     """Makes a clip of each scene and checks it."""
-    settings = dataclasses.replace(model.sampling, sparsity=sparsity, num_steps=steps)
     reports: list[QualityReport] = []
     for start in range(0, len(scenes), batch_size):
         batch = scenes[start : start + batch_size]
         seeds = range(first_seed + start, first_seed + start + len(batch))
         clips = model.sample(batch, seeds, settings=settings)
         reports += [check_clip(clip, scene) for clip, scene in zip(clips, batch, strict=True)]
-        sys.stderr.write(f"\rsparsity {sparsity:g}: {len(reports)} of {len(scenes)} clips")
+        sys.stderr.write(f"\rsparsity {settings.sparsity:g}: {len(reports)} of {len(scenes)} clips")
     sys.stderr.write("\n")
     return reports
 
@@ -69,7 +72,7 @@ def summarize(scenes: Sequence[ScenePrompt], reports: Sequence[QualityReport]) -
     }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path, help="folder that `fastvideo train` wrote: config.json, model.safetensors")
@@ -77,27 +80,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.75])
     parser.add_argument("--steps", type=int, default=None, help="sampling steps; by default the model's own")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale; by default the model's own")
+    parser.add_argument("--shift", type=float, default=None, help="shift of the noise schedule; default: the model's")
+    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), default=None, help="default: the model's own")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="chooses prompts; prompt i is made from seed + i")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--min-rate", type=float, default=None, help="fail where the rate over all prompts is lower")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; returns the exit status."""
-    args = parse_args()
+    args = parse_args(words)
     model = SpriteVideoModel.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    if args.guidance is not None:
-        model.sampling = dataclasses.replace(model.sampling, guidance_scale=args.guidance)
+    given = {"num_steps": args.steps, "guidance_scale": args.guidance, "shift": args.shift, "solver": args.solver}
+    settings = dataclasses.replace(model.sampling, **{name: v for name, v in given.items() if v is not None})
     scenes = sample_prompts(args.prompts, "held_out", args.seed)
-    steps = model.sampling.num_steps if args.steps is None else args.steps
     results: dict[str, Any] = {}
     for sparsity in args.sparsity:
         began = time.monotonic()
-        reports = judge_prompts(model, scenes, sparsity, args.batch_size, args.seed, steps)
+        reports = judge_prompts(model, scenes, dataclasses.replace(settings, sparsity=sparsity), args.batch_size, args.seed)
         results[f"sparsity {sparsity:g}"] = {
             **summarize(scenes, reports),
             "seconds": time.monotonic() - began,
@@ -113,8 +117,7 @@ def main() -> int:
         facts = {
             "prompts": args.prompts,
             "seed": args.seed,
-            "steps": steps,
-            "sampling": dataclasses.asdict(model.sampling),
+            "sampling": {name: v for name, v in dataclasses.asdict(settings).items() if name != "sparsity"},
             "dtype": args.dtype,
             "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device,
             "torch": torch.__version__,

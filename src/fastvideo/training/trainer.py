@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 MODEL_NAME = "model"
 _EVALUATION_STEP = 1 << 31
+# Fixed, so that runs of any batch size are measured on the same clips.
+_EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Trainer:
             levels = {"dense": 0.0}
         else:
             levels = {f"sparsity {level:g}": level for level in sorted({config.sparsity_levels[0], config.sparsity_levels[-1]})}
-        size = min(options.eval_clips, config.batch_size)
+        size = min(options.eval_clips, _EVALUATION_BATCH)
         self.weights.write(average=True)
         totals = {}
         # Evaluation runs as it is written: graphs without gradients would have to be compiled for it.
