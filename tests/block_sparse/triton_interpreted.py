@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import triton  # noqa: F401 (the interpreter is considered only in programs that imported it)
 
 from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
 from fastvideo.block_sparse.impl import choose_implementation
@@ -24,7 +23,7 @@ SHAPES = {
     "ragged": ([5, 16, 1, 16], [16, 7, 3, 16, 2], 2, 4, 2, 24),
     "sixty": ([60, 60], [60, 60, 60], 1, 2, 1, 32),
     "text": ([16, 16, 16, 11], [64, 64, 7], 1, 2, 2, 16),
-    "pieces": ([70, 128], [100, 256, 3], 1, 2, 2, 16),
+    "pieces": ([20, 70], [100, 9, 3], 1, 1, 1, 16),
     "even_pieces": ([128, 128], [128, 128], 1, 1, 1, 16),
     "big_head": ([16, 13], [16, 16], 1, 1, 1, 200),
 }
@@ -138,18 +137,19 @@ def test_nothing_but_listed_tokens_is_read(ordered: bool) -> None:
 
 
 @pytest.mark.parametrize("has_counts", [False, True])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (5, 7), (130, 9), (1030, 3)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (5, 7), (1030, 2)])
 def test_inverted_lists_are_those_of_the_pattern(num_queries: int, num_keys: int, has_counts: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     layouts = TileLayout.uniform(num_queries, 1), TileLayout.uniform(num_keys, 1)
-    noise = torch.rand(2, 3, num_queries, num_keys, generator=generator)
+    batch, heads = (2, 3) if num_queries < 100 else (1, 1)
+    noise = torch.rand(batch, heads, num_queries, num_keys, generator=generator)
     if has_counts:
         pattern = BlockPattern.from_mask(noise < 0.5, *layouts)
     else:
         pattern = BlockPattern.from_indices(noise.topk((num_keys + 1) // 2).indices.sort(-1).values, *layouts)
     expected, got = pattern.invert(), launch.inverted_lists(pattern)
     assert torch.equal(got.offsets, expected.offsets)
-    for row in range(6):
+    for row in range(batch * heads):
         length = int(expected.offsets.flatten(0, 1)[row, -1])
         lists = [x.query_tiles.flatten(0, 1)[row, :length] for x in (got, expected)]
         assert torch.equal(*lists)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ def _device_rejections(device: torch.device, dtype: torch.dtype) -> tuple[str, .
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return (f"needs an NVIDIA GPU of compute capability 8.0 or newer, got {torch.cuda.get_device_name(device)}",)
         return ()
-    # Only a program that imported Triton can want its interpreter; others need not wait for the import.
-    if device.type == "cpu" and "triton" in sys.modules:
+    if device.type == "cpu":
         from fastvideo.block_sparse.impl.triton.launch import is_interpreted
 
         if is_interpreted():

@@ -1,0 +1,201 @@
+"""The Triton block-sparse kernels on a CUDA device, against float64: outputs, all gradients, repeatability, large offsets."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse.impl import choose_implementation
+from fastvideo.testing import assert_op_within_budget, assert_within_budget, reference_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
+]
+
+# Query tile sizes, key tile sizes, batch, query heads, key heads, head size.
+SHAPES = {
+    "uniform": ([64] * 12, [64] * 12, 2, 4, 4, 64),
+    "one_token": ([1], [1], 1, 1, 1, 64),
+    "ragged": ([64, 16, 64, 4, 1, 37, 64], [13, 64, 64, 1, 16, 64, 4, 64], 2, 4, 2, 64),
+    "sixty": ([60] * 9, [60] * 9, 1, 3, 3, 128),
+    "text": ([64] * 6 + [77], [64] * 6 + [77], 1, 4, 1, 128),
+    "big_tiles": ([256, 128, 100], [256, 200, 256, 3], 2, 2, 2, 128),
+    "unequal_tiles": ([128] * 4, [16] * 31, 1, 2, 2, 64),
+    "small_tiles": ([16] * 20, [256] * 2, 1, 2, 1, 80),
+    "head_256": ([64, 64, 11], [64, 64, 64], 1, 2, 2, 256),
+    "head_32": ([32] * 5, [32] * 5, 1, 2, 2, 32),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def make_pattern(shape: str, *, ordered: bool = True, shared: bool = False) -> BlockPattern:
+    """Random lists; the first query tile sees nothing where there are several, and every token has moved."""
+    query_sizes, key_sizes, batch, heads, *_ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(1)
+    layouts = [
+        TileLayout.from_sizes(
+            sizes,
+            order=torch.randperm(sum(sizes), generator=generator).cuda() if ordered else None,
+            device="cuda",
+        )
+        for sizes in (query_sizes, key_sizes)
+    ]
+    mask = torch.rand(1 if shared else batch, 1 if shared else heads, len(query_sizes), len(key_sizes), generator=generator)
+    mask = mask < 0.5
+    mask[:, :, 0] = len(query_sizes) == 1
+    mask[:, :, -1, -1] = True
+    return BlockPattern.from_mask(mask.cuda(), *layouts)
+
+
+def make_inputs(shape: str, dtype: torch.dtype, size: float = 3.0) -> dict[str, torch.Tensor]:
+    query_sizes, key_sizes, batch, heads, kv_heads, head_size = SHAPES[shape]
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "query": size * randn(batch, sum(query_sizes), heads, head_size),
+        "key": size * randn(batch, sum(key_sizes), kv_heads, head_size),
+        "value": randn(batch, sum(key_sizes), kv_heads, head_size),
+    }
+    return {name: x.to("cuda", dtype) for name, x in inputs.items()}
+
+
+def attend(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
+    return block_sparse_attention(query, key, value, pattern, scale=scale, return_lse=True, impl="triton")
+
+
+def reference(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
+    return reference_attention(query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True)
+
+
+def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
+    bound = {"pattern": pattern, "scale": scale}
+    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs)
+
+
+def gradients(inputs: dict[str, torch.Tensor], pattern: BlockPattern) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    out, lse = attend(*leaves, pattern=pattern)
+    loss = out.float().square().sum() + lse[lse.isfinite()].sum()
+    return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_log_sum_exp_and_gradients(shape: str, dtype: torch.dtype) -> None:
+    check(make_inputs(shape, dtype), make_pattern(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["uniform", "sixty"])
+def test_real_activations(shape: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, size=11.0)
+    assert 45 < float(inputs["query"].abs().max()) < 65
+    check(inputs, make_pattern(shape))
+
+
+@pytest.mark.parametrize("scale", [-0.05, 0.0, 0.3])
+def test_any_scale(scale: float) -> None:
+    check(make_inputs("ragged", torch.bfloat16), make_pattern("ragged"), scale)
+
+
+def test_shared_lists_without_order_or_counts() -> None:
+    layout = TileLayout.uniform(8 * 64, 64, device="cuda")
+    lists = torch.tensor([[0, 3, 5, 7], [1, 2, 3, 4]] * 4, dtype=torch.int32, device="cuda")
+    pattern = BlockPattern(layout, layout, lists[None, None])
+    inputs = {name: x[:, : 8 * 64] for name, x in make_inputs("uniform", torch.bfloat16).items()}
+    check(inputs, pattern)
+
+
+def test_strided_inputs() -> None:
+    inputs = make_inputs("uniform", torch.bfloat16)
+    packed = torch.stack(list(inputs.values()), dim=2)
+    check(dict(zip(inputs, packed.unbind(2), strict=True)), make_pattern("uniform"))
+    inputs["key"] = inputs["key"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["value"] = inputs["value"].transpose(2, 3).contiguous().transpose(2, 3)
+    check(inputs, make_pattern("uniform"))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("shape", ["uniform", "ragged", "text"])
+def test_nothing_but_listed_tokens_is_read(shape: str, ordered: bool) -> None:
+    """Keys of a tile that nobody lists, and all memory around the tensors, are NaN."""
+    pattern, inputs = make_pattern(shape, ordered=ordered), make_inputs(shape, torch.bfloat16)
+    mask = pattern.tile_mask()
+    mask[..., 1] = False
+    pattern = BlockPattern.from_mask(mask, pattern.query_tiles, pattern.key_tiles)
+    hidden = pattern.key_tiles.tile_of_token() == 1
+    poisoned = {}
+    for name, x in inputs.items():
+        room = x.new_full((x.shape[0], x.shape[1] + 256, x.shape[2], x.shape[3] + 8), torch.nan)
+        poisoned[name] = room[:, 128:-128, :, : x.shape[3]]
+        poisoned[name].copy_(x)
+        if name != "query":
+            poisoned[name][:, hidden] = torch.nan
+            x[:, hidden] = 0.0
+    got, expected = gradients(poisoned, pattern), gradients(inputs, pattern)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not got[3][:, hidden].any()
+    check(inputs, pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["uniform", "ragged"])
+def test_same_bits_every_time(shape: str, dtype: torch.dtype) -> None:
+    inputs, pattern = make_inputs(shape, dtype), make_pattern(shape)
+    first = gradients(inputs, pattern)
+    for _ in range(3):
+        for one, other in zip(gradients(inputs, pattern), first, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_autocast_casts_as_dense_attention_does() -> None:
+    inputs, pattern = make_inputs("uniform", torch.float32), make_pattern("uniform")
+    with torch.autocast("cuda", torch.bfloat16):
+        out, _ = attend(**inputs, pattern=pattern)
+    expected, _ = attend(**{name: x.bfloat16() for name, x in inputs.items()}, pattern=pattern)
+    assert torch.equal(out, expected)
+
+
+def test_compiled_call_equals_eager_one() -> None:
+    inputs, pattern = make_inputs("ragged", torch.bfloat16), make_pattern("ragged")
+    compiled = torch.compile(partial(attend, pattern=pattern), fullgraph=True)
+    for one, other in zip(compiled(**inputs), attend(**inputs, pattern=pattern), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_chosen_automatically() -> None:
+    inputs = make_inputs("uniform", torch.bfloat16)
+    assert choose_implementation(*inputs.values(), make_pattern("uniform"))[0] == "triton"
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last tokens of the last sample lie behind 2^31 elements of a strided query, key and value."""
+    batch, tokens, heads, head_size = 3, 64 * 128, 1, 64
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free device memory")
+    room = torch.empty(batch, tokens, 2048 * head_size, dtype=torch.bfloat16, device="cuda")
+    assert room.numel() > 2**31
+    query, key, value = (room[:, :, i * head_size : (i + 1) * head_size].unsqueeze(2) for i in range(-3, 0))
+    generator = torch.Generator("cuda").manual_seed(0)
+    for x in (query, key, value):
+        x.copy_(torch.randn(batch, tokens, heads, head_size, generator=generator, device="cuda"))
+    layout = TileLayout.uniform(tokens, 64, device="cuda")
+    lists = torch.arange(124, 128, dtype=torch.int32, device="cuda").expand(1, 1, 128, 4)
+    pattern = BlockPattern(layout, layout, lists)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    out, _ = attend(*leaves, pattern=pattern)
+    dq, dk, dv = torch.autograd.grad(out.float().square().sum(), leaves)
+    small = [x[-1:].double().requires_grad_() for x in (query, key, value)]
+    seen = (torch.arange(tokens, device="cuda") >= 124 * 64).expand(1, tokens)
+    results = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        ones = [x.detach().to(dtype).requires_grad_() for x in small]
+        result = reference_attention(*ones, attn_mask=seen)
+        cotangent = (2 * out[-1:].detach()).to(dtype)
+        results[dtype] = (result.detach(), *torch.autograd.grad(result, ones, cotangent))
+    for got, expected, eager in zip((out, dq, dk, dv), results[torch.float64], results[torch.bfloat16], strict=True):
+        assert_within_budget(got[-1:], expected, eager)
