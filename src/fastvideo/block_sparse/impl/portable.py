@@ -99,11 +99,16 @@ def _problems(pattern: BlockPattern, batch: int, heads: range) -> _Problems:
     )
 
 
+def _host_reads_are_free(device: torch.device) -> bool:
+    """Whether looking at the lists makes nobody wait."""
+    return device.type == "cpu"
+
+
 def _spans(problems: _Problems, pattern: BlockPattern, row_bytes: int) -> Iterator[tuple[Tensor, int, int, bool]]:
     """Split the problems: which ones, query rows, key rows, and whether all of them have exactly so many keys."""
     totals, counts = problems.sizes.sum(-1), problems.query_count
     device = totals.device
-    if device.type != "cpu":
+    if not _host_reads_are_free(device):
         # Reading values would make the host wait, so every problem gets the largest size.
         rows = min(pattern.query_tiles.max_size, _MAX_QUERY_ROWS)
         width = min(problems.lists.shape[1] * pattern.key_tiles.max_size, pattern.key_tiles.num_tokens)
