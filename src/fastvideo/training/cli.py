@@ -1,10 +1,15 @@
-"""`fastvideo train`: trains the bundled sprite model, resumes a run, or draws the loss curves of finished runs.
+r"""`fastvideo train`: trains the bundled sprite model, resumes a run, or draws the loss curves of finished runs.
 
-The bundled model and its dense counterpart were trained with
+The bundled model and its dense counterpart come from one GPU and
 
     fastvideo train --out runs/vsa --attention vsa --compile blocks
     fastvideo train --out runs/dense --attention dense --compile blocks
     fastvideo train --plot loss.png --runs vsa=runs/vsa dense=runs/dense
+
+A run that `--max-seconds` cut off goes on with the same command and `--resume`. A trial on a CPU:
+
+    fastvideo train --out runs/trial --attention dense --dim 64 --head-size 32 --num-layers 2 --text-dim 64 \
+        --num-frames 4 --frame-size 32 --num-sprites 8 --batch-size 8 --max-steps 200 --precision float32
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class TrainConfig:
     max_steps: int = 2500
     batch_size: int = 64
     optimizer: OptimizerName = "muon"
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
+    muon_learning_rate: float = 1e-2
     weight_decay: float = 0.01
     warmup_steps: int = 100
     final_learning_rate: float = 0.02

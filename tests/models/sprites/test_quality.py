@@ -28,8 +28,7 @@ def turned(scene, steps):
     around = sorted(range(8), key=lambda i: torch.atan2(*torch.tensor(names[i])).item())
     name = {around[i]: list(DIRECTIONS)[around[(i + steps) % 8]] for i in range(8)}
     clauses = [
-        dataclasses.replace(clause, direction=name[list(DIRECTIONS).index(clause.direction)])
-        for clause in scene.sprites
+        dataclasses.replace(clause, direction=name[list(DIRECTIONS).index(clause.direction)]) for clause in scene.sprites
     ]
     return ScenePrompt(tuple(clauses), scene.background)
 
@@ -94,9 +93,7 @@ def test_correlation_equals_its_formula_in_double_precision():
     picture = atlas[sprite, :3] + (1 - atlas[sprite, 3:]) * colour[:, None, None]
     patch = frame[0, :, y : y + 24, x : x + 24].double()
     centre = [image - (mask * image).sum((1, 2), keepdim=True) / mask.sum() for image in (patch, picture)]
-    cross, power_a, power_b = (
-        (mask * a * b).sum() for a, b in ((centre[0], centre[1]), (centre[0],) * 2, (centre[1],) * 2)
-    )
+    cross, power_a, power_b = ((mask * a * b).sum() for a, b in ((centre[0], centre[1]), (centre[0],) * 2, (centre[1],) * 2))
     measured = correlate(frame, "mint")[0, sprite, y + 4, x + 4]
     torch.testing.assert_close(measured.double(), cross / (power_a * power_b).sqrt(), atol=1e-5, rtol=1e-4)
 

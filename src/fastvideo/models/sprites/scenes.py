@@ -173,6 +173,17 @@ def _token_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, tor
     )
 
 
+# Tables are kept per device: building one waits for the device, which a training loop must not.
+@functools.lru_cache(maxsize=8)
+def _headings(device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(DIRECTIONS.values()), device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _colours(device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(BACKGROUNDS.values()), device=device, dtype=torch.float32) / 255
+
+
 def place_sprites(codes: torch.Tensor, generator: torch.Generator) -> SceneBatch:
     """Draws travel and start positions at which sprites stay in the frame and hide each other as little as possible.
 
@@ -181,7 +192,7 @@ def place_sprites(codes: torch.Tensor, generator: torch.Generator) -> SceneBatch
         generator: on the device of `codes`.
     """
     device, num_scenes = codes.device, len(codes)
-    heading = torch.tensor(list(DIRECTIONS.values()), device=device)[codes[:, [1, 3]]]
+    heading = _headings(device)[codes[:, [1, 3]]]
     pace = torch.rand(num_scenes, 2, 1, generator=generator, device=device)
     travel = heading * (MIN_TRAVEL + (MAX_TRAVEL - MIN_TRAVEL) * pace)
     lowest = (-travel).clamp(min=0)
@@ -253,7 +264,7 @@ def scenes_of_prompts(prompts: Sequence[ScenePrompt], generator: torch.Generator
 
 def background_colours(device: torch.device | str = "cpu") -> torch.Tensor:
     """Colours of the backgrounds in their order, `[num_backgrounds, 3]` float32 in [0, 1]."""
-    return torch.tensor(list(BACKGROUNDS.values()), device=device, dtype=torch.float32) / 255
+    return _colours(torch.device(device)).clone()
 
 
 def _interpolation(offset: torch.Tensor, frame_size: int, picture_size: int) -> torch.Tensor:
@@ -290,7 +301,7 @@ def render(
     pictures = F.avg_pool2d(atlas, shrink)
     share = torch.linspace(0, 1, num_frames, device=device)
     offset = (batch.start[:, :, None] + share[:, None] * batch.travel[:, :, None]) / shrink
-    colour = background_colours(device)[batch.codes[:, 4]]
+    colour = _colours(device)[batch.codes[:, 4]]
     frames = colour[:, :, None, None, None].expand(-1, 3, num_frames, frame_size, frame_size)
     # The first-named sprite is drawn last, in front.
     for layer in (1, 0):
