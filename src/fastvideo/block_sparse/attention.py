@@ -91,7 +91,8 @@ def block_sparse_attention(
     query, key, value = as_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not math.isfinite(scale):
+    # Not `math.isfinite`, which Dynamo can't trace for a symbolic scale.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"expected a finite scale, got {scale=}")
     out, lse = _forward_op(query, key, value, *_flatten(pattern), scale, _AUTOMATIC if impl is None else impl)
     return (out, lse) if return_lse else out

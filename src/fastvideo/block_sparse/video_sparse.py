@@ -150,7 +150,8 @@ def video_sparse_attention(
     query, key, value, *gates = as_autocast(query, key, value, *(() if gate is None else (gate,)))
     _check_inputs(query, key, value, geometry)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not math.isfinite(scale):
+    # Not `math.isfinite`, which Dynamo can't trace for a symbolic scale.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"expected a finite scale, got {scale=}")
     gate = _video_gate(gates[0], query, geometry) if gates else None
     with torch.autocast(query.device.type, enabled=False):

@@ -33,8 +33,11 @@ def _heads_first(x: Tensor, num_heads: int) -> Tensor:
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Masked softmax `[B, H, S_q, S_k]` and log-sum-exp `[B, H, S_q]` of heads-first tensors."""
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0.0, 1.0), (top + total.log()).squeeze(-1)
 
 
 def _seen(x: Tensor, mask: Tensor) -> Tensor:
