@@ -215,8 +215,10 @@ def sweep(shape: Shape, pattern: BlockPattern, inputs: list[Tensor]) -> list[dic
     out, lse = launch.forward(*leaves, pattern, scale)
     rows = []
     for kernel, blocks in sweep_candidates(shape):
-        table = launch.BLOCKS_16_BIT[kernel]
-        launch.BLOCKS_16_BIT[kernel] = ((256, blocks),)
+        tables = (launch.BLOCKS_16_BIT, launch.BLOCKS_16_BIT_LARGE)
+        defaults = [table[kernel] for table in tables]
+        for table in tables:
+            table[kernel] = ((256, blocks),)
         try:
             if kernel == "fwd":
                 ms = median_ms(lambda: launch.forward(*leaves, pattern, scale))
@@ -225,7 +227,8 @@ def sweep(shape: Shape, pattern: BlockPattern, inputs: list[Tensor]) -> list[dic
         except triton.runtime.errors.OutOfResources:
             continue
         finally:
-            launch.BLOCKS_16_BIT[kernel] = table
+            for table, default in zip(tables, defaults, strict=True):
+                table[kernel] = default
         rows.append({"kernel": kernel, **dataclasses.asdict(blocks), "ms": ms})
     for row in sorted(rows, key=lambda row: (row["kernel"], row["ms"])):
         print(f"    sweep {row}", flush=True)

@@ -158,6 +158,9 @@ def block_sparse_fwd_kernel(
     num_listed = WIDTH
     if counts is not None:
         num_listed = tl.load(counts + i_list // WIDTH)
+    if not Q_UNIFORM and Q_PIECES > 1:
+        # The rows of a smaller tile end before this piece.
+        num_listed = tl.where(tl.max(m_q.to(tl.int32), 0) > 0, num_listed, 0)
     b_out = tl.zeros([M, D], tl.float32)
     b_max = tl.full([M], -float("inf"), tl.float32)
     b_sum = tl.zeros([M], tl.float32)
@@ -310,6 +313,9 @@ def block_sparse_bwd_dq_kernel(
     num_listed = WIDTH
     if counts is not None:
         num_listed = tl.load(counts + i_list // WIDTH)
+    if not Q_UNIFORM and Q_PIECES > 1:
+        # The rows of a smaller tile end before this piece.
+        num_listed = tl.where(tl.max(m_q.to(tl.int32), 0) > 0, num_listed, 0)
     b_dq = tl.zeros([M, D], tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
@@ -408,6 +414,9 @@ def block_sparse_bwd_dkdv_kernel(
         p_offset = list_offsets + i_b * s_ob + i_qh * s_oh + i_tile
         i_first = tl.load(p_offset)
         num_listed = tl.load(p_offset + 1) - i_first
+        if not K_UNIFORM and K_PIECES > 1:
+            # The rows of a smaller tile end before this piece.
+            num_listed = tl.where(tl.max(m_k.to(tl.int32), 0) > 0, num_listed, 0)
         p_list = lists + i_b * s_ib + i_qh * s_ih + i_first
         p_query = query + i_b * s_qb + i_qh * s_qh
         p_dout = dout + i_b * s_db + i_qh * s_dh

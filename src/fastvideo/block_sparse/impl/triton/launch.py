@@ -30,13 +30,20 @@ class Blocks:
     num_stages: int
 
 
-# Per kernel: padded head size up to which a row holds, and the blocks for tiles of up to 64 rows.
-BLOCKS_16_BIT: dict[str, tuple[tuple[int, Blocks], ...]] = {
+BlockTable = dict[str, tuple[tuple[int, Blocks], ...]]
+# Per kernel: the head size up to which a row holds, and its blocks. The second table is for programs that own more than
+# 64 rows of a tile. All 16-bit rows up to head size 128 compile without spills for sm_90.
+BLOCKS_16_BIT: BlockTable = {
     "fwd": ((64, Blocks(64, 64, 4, 3)), (128, Blocks(64, 64, 4, 3)), (256, Blocks(64, 32, 4, 2))),
     "dq": ((64, Blocks(64, 64, 4, 3)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 32, 8, 2))),
     "dkdv": ((64, Blocks(64, 64, 4, 3)), (128, Blocks(32, 64, 4, 3)), (256, Blocks(32, 64, 8, 2))),
 }
-BLOCKS_32_BIT: dict[str, tuple[tuple[int, Blocks], ...]] = {
+BLOCKS_16_BIT_LARGE: BlockTable = {
+    "fwd": ((128, Blocks(128, 64, 8, 3)), (256, Blocks(64, 32, 4, 2))),
+    "dq": ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
+    "dkdv": ((64, Blocks(64, 128, 8, 3)), (128, Blocks(32, 128, 8, 3)), (256, Blocks(32, 64, 8, 2))),
+}
+BLOCKS_32_BIT: BlockTable = {
     kernel: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(16, 32, 4, 1)), (256, Blocks(16, 16, 4, 1)))
     for kernel in ("fwd", "dq", "dkdv")
 }
@@ -52,11 +59,13 @@ def choose_blocks(kernel: str, head_size: int, dtype: torch.dtype, max_query_til
 
     The side that a program owns shrinks to its tiles; the side that it walks packs several small tiles.
     """
-    table = BLOCKS_32_BIT if dtype == torch.float32 else BLOCKS_16_BIT
+    owned = max_key_tile if kernel == "dkdv" else max_query_tile
+    table_16_bit = BLOCKS_16_BIT_LARGE if owned > 64 else BLOCKS_16_BIT
+    table = BLOCKS_32_BIT if dtype == torch.float32 else table_16_bit
     blocks = next(row for limit, row in table[kernel] if head_size <= limit)
     if kernel == "dkdv":
-        return Blocks(blocks.m, _shrunk(blocks.n, max_key_tile), blocks.num_warps, blocks.num_stages)
-    return Blocks(_shrunk(blocks.m, max_query_tile), blocks.n, blocks.num_warps, blocks.num_stages)
+        return Blocks(blocks.m, _shrunk(blocks.n, owned), blocks.num_warps, blocks.num_stages)
+    return Blocks(_shrunk(blocks.m, owned), blocks.n, blocks.num_warps, blocks.num_stages)
 
 
 def _next_power_of_2(size: int) -> int:
