@@ -1,7 +1,7 @@
 """Block-sparse attention in plain torch, for any device and float dtype; its cost follows the tokens of the kept tiles.
 
 For a few query tiles at a time the listed keys and values are gathered together into a buffer that stays in cache, and
-batched matmuls run over them; the backward recomputes the scores from the log-sum-exp. All sums are in fp32 (fp64 for
+batched matmuls run over them; the backward computes the scores anew. All sums are in fp32 (fp64 for
 fp64 inputs). One key/value head is worked on at a time, so the extra memory is that of a few heads. Tokens of tiles that
 a query tile does not list are never read for it. On CUDA the order of the sums of dkey and dvalue is not fixed.
 """
@@ -213,13 +213,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
             width = chunk.key_rows.shape[1]
             q = _gather(q_rows, chunk.query_rows, buffers.take("q", n, t, head_size))
             kv = _gather(kv_rows, chunk.key_rows, buffers.take("kv", n, width, 2, head_size))
-            scores = torch.bmm(q, kv[:, :, 0].transpose(1, 2), out=buffers.take("scores", n, t, width))
-            if chunk.is_absent is not None:
-                scores.masked_fill_(chunk.is_absent, -torch.inf)
-            top = scores.amax(-1, keepdim=True)
-            top.masked_fill_(top == -torch.inf, 0.0)
-            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
-            o = torch.bmm(scores, kv[:, :, 1], out=q).div_(total.masked_fill(total == 0.0, 1.0))
+            weights, total, top = _weights(chunk, q, kv[:, :, 0], buffers)
+            o = torch.bmm(weights, kv[:, :, 1], out=q).div_(total.masked_fill(total == 0.0, 1.0))
             out_rows.index_copy_(0, chunk.query_rows.flatten(), o.flatten(0, 1))
             lse_rows.index_copy_(0, chunk.query_rows.flatten(), (top + total.log()).flatten())
         span = slice(heads.start, heads.stop)
@@ -234,8 +229,8 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor,  # noqa: ARG001 (rounded to the inputs' dtype, it is less exact than what is computed anew)
+    lse: Tensor,  # noqa: ARG001 (likewise)
     pattern: BlockPattern,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,15 +242,10 @@ def backward(
     for batch, head, heads in _kv_groups(query, key):
         q_rows, do_rows = _pack_rows(query, batch, heads).mul_(scale), _pack_rows(dout, batch, heads)
         kv_rows = _pack_keys(key, value, batch, head, pattern.key_tiles)
-        lse_rows = _pack_rows(lse[..., None], batch, heads)
-        # A row that sees nothing has no finite log-sum-exp; +inf makes all its probabilities 0.
-        lse_rows.masked_fill_(lse_rows == -torch.inf, torch.inf)
-        delta_rows = (do_rows * _pack_rows(out, batch, heads)).sum(-1, keepdim=True)
-        if dlse is not None:
-            delta_rows -= _pack_rows(dlse[..., None], batch, heads)
+        dlse_rows = None if dlse is None else _pack_rows(dlse[..., None], batch, heads)
         dq_rows, dkv_rows = torch.zeros_like(q_rows), torch.zeros_like(kv_rows)
         for chunk in _chunks(pattern, batch, heads, 4 * head_size * q_rows.itemsize):
-            _backward_chunk(chunk, q_rows, do_rows, kv_rows, lse_rows, delta_rows, dq_rows, dkv_rows, buffers)
+            _backward_chunk(chunk, q_rows, do_rows, dlse_rows, kv_rows, dq_rows, dkv_rows, buffers)
         span = slice(heads.start, heads.stop)
         dq[batch, :, span].copy_(dq_rows[:-1].view(-1, num_queries, head_size).transpose(0, 1).mul_(scale))
         for grad, slot in ((dk, 0), (dv, 1)):
@@ -267,37 +257,51 @@ def backward(
     return dq, dk, dv
 
 
+def _weights(chunk: _Chunk, q: Tensor, k: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights `[n, t, L]` (1 at the highest score of a row), their row sums and the highest scores."""
+    weights = torch.bmm(q, k.transpose(1, 2), out=buffers.take("weights", *q.shape[:2], k.shape[1]))
+    if chunk.is_absent is not None:
+        weights.masked_fill_(chunk.is_absent, -torch.inf)
+    top = weights.amax(-1, keepdim=True)
+    # A row that sees nothing: its weights become 0, where -inf minus -inf would be NaN.
+    top.masked_fill_(top == -torch.inf, 0.0)
+    total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+    return weights, total, top
+
+
 def _backward_chunk(
     chunk: _Chunk,
     q_rows: Tensor,
     do_rows: Tensor,
+    dlse_rows: Tensor | None,
     kv_rows: Tensor,
-    lse_rows: Tensor,
-    delta_rows: Tensor,
     dq_rows: Tensor,
     dkv_rows: Tensor,
     buffers: _Buffers,
 ) -> None:
-    """Write dq (without the scale) and add dk, dv of one chunk; the queries carry the scale."""
+    """Write dq (without the scale) and add dk, dv of one chunk; the queries carry the scale.
+
+    Probabilities are `weights / total`. Everything is linear in the output's gradient, so it takes the division.
+    """
     n, t = chunk.query_rows.shape
     width, head_size = chunk.key_rows.shape[1], q_rows.shape[1]
     q = _gather(q_rows, chunk.query_rows, buffers.take("q", n, t, head_size))
     do = _gather(do_rows, chunk.query_rows, buffers.take("do", n, t, head_size))
-    lse = _gather(lse_rows, chunk.query_rows, buffers.take("lse", n, t, 1))
-    delta = _gather(delta_rows, chunk.query_rows, buffers.take("delta", n, t, 1))
     kv = _gather(kv_rows, chunk.key_rows, buffers.take("kv", n, width, 2, head_size))
     k, v = kv[:, :, 0], kv[:, :, 1]
-    probabilities = torch.bmm(q, k.transpose(1, 2), out=buffers.take("scores", n, t, width))
-    if chunk.is_absent is not None:
-        probabilities.masked_fill_(chunk.is_absent, -torch.inf)
-    probabilities.sub_(lse).exp_()
-    dscores = torch.bmm(do, v.transpose(1, 2), out=buffers.take("dscores", n, t, width))
-    dscores.sub_(delta).mul_(probabilities)
+    weights, total, _ = _weights(chunk, q, k, buffers)
+    total.masked_fill_(total == 0.0, 1.0)
+    do.div_(total)
+    dscores = torch.bmm(do, v.transpose(1, 2), out=buffers.take("dscores", n, t, width)).mul_(weights)
+    delta = dscores.sum(-1, keepdim=True)
+    if dlse_rows is not None:
+        delta -= _gather(dlse_rows, chunk.query_rows, buffers.take("dlse", n, t, 1))
+    dscores.addcmul_(weights, delta.div_(total), value=-1)
     dq = torch.bmm(dscores, k, out=buffers.take("dq", n, t, head_size))
     dq_rows.index_copy_(0, chunk.query_rows.flatten(), dq.flatten(0, 1))
     # The gathered keys and values are no longer needed, so their gradients take their place.
     torch.bmm(dscores.transpose(1, 2), q, out=k)
-    torch.bmm(probabilities.transpose(1, 2), do, out=v)
+    torch.bmm(weights.transpose(1, 2), do, out=v)
     dkv_rows.index_add_(0, chunk.key_rows.flatten(), kv.flatten(0, 1))
 
 

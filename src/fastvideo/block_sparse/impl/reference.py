@@ -46,7 +46,7 @@ def _seen(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense masked attention, differentiable by autograd.
+    """Dense masked attention; see `Implementation.forward`.
 
     Args:
         query: `[B, S_q, Hq, D]`.

@@ -1,0 +1,291 @@
+"""Video Sparse Attention against its plain reference in float64: outputs, all gradients, selection, text, gate."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvideo.block_sparse import num_kept_tiles, video_geometry, video_sparse, video_sparse_attention
+from fastvideo.block_sparse.video_sparse_reference import reference_tile_of_token, video_sparse_attention_reference
+from fastvideo.testing import assert_op_within_budget
+from fastvideo.video import TileGrid
+
+# Grid, tile, batch, query heads, key heads, head size, replicated tokens, sparsity.
+CASES = {
+    "one_token": ((1, 1, 1), (4, 4, 4), 1, 1, 1, 4, 0, 0.5),
+    "one_token_and_text": ((1, 1, 1), (4, 4, 4), 1, 2, 1, 4, 3, 0.0),
+    "uniform": ((4, 4, 6), (2, 2, 2), 2, 2, 2, 8, 0, 0.75),
+    "uniform_text": ((4, 4, 4), (2, 2, 2), 1, 2, 1, 8, 16, 0.5),
+    "primes": ((3, 5, 7), (2, 2, 2), 2, 4, 2, 5, 0, 0.8),
+    "primes_text": ((5, 3, 7), (2, 2, 3), 2, 2, 2, 6, 13, 0.7),
+    "one_token_tiles": ((2, 3, 4), (1, 1, 1), 1, 2, 2, 4, 2, 0.6),
+    "keep_one": ((4, 5, 6), (2, 2, 2), 1, 3, 1, 8, 0, 0.99),
+    "keep_all": ((3, 4, 5), (2, 2, 2), 1, 2, 2, 8, 5, 0.0),
+    "paper_tile": ((5, 6, 8), (4, 4, 4), 1, 2, 2, 16, 7, 0.5),
+    "raster_tile": ((6, 3, 4), (2, 3, 4), 1, 2, 2, 8, 0, 0.4),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_inputs(case: str, dtype: torch.dtype, *, gate: bool = True, size: float = 3.0) -> dict[str, torch.Tensor]:
+    grid_tyx, _, batch, heads, kv_heads, head_size, num_replicated, _ = CASES[case]
+    num_tokens = math.prod(grid_tyx)
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "query": size * randn(batch, num_tokens + num_replicated, heads, head_size),
+        "key": size * randn(batch, num_tokens + num_replicated, kv_heads, head_size),
+        "value": randn(batch, num_tokens + num_replicated, kv_heads, head_size),
+    }
+    if gate:
+        inputs["gate"] = randn(batch, num_tokens, heads, head_size)
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def settings_of(case: str) -> dict[str, object]:
+    grid_tyx, tile_tyx, *_, num_replicated, sparsity = CASES[case]
+    return {"grid_tyx": grid_tyx, "tile_tyx": tile_tyx, "num_replicated": num_replicated, "sparsity": sparsity}
+
+
+def kept_tiles(case: str, inputs: dict[str, torch.Tensor], scale: float | None = None) -> torch.Tensor:
+    """The tiles that the operation keeps, `[B, H, N, k]`."""
+    grid_tyx, tile_tyx, *_, num_replicated, sparsity = CASES[case]
+    geometry = video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu", num_replicated)
+    q, k, v = (inputs[name].detach() for name in ("query", "key", "value"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    num_kept = num_kept_tiles(geometry.grid.num_tiles, sparsity)
+    return video_sparse._coarse_stage(q, k, v, geometry, num_kept, scale, has_gate=False)[0]
+
+
+def check(case: str, inputs: dict[str, torch.Tensor], scale: float | None = None) -> None:
+    """Both sides keep the same tiles, because rounding may turn a close choice."""
+    indices = kept_tiles(case, inputs, scale)
+    assert_op_within_budget(
+        partial(video_sparse_attention, scale=scale, **settings_of(case)),
+        partial(video_sparse_attention_reference, scale=scale, indices=indices, **settings_of(case)),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, dtype) -> None:
+    check(case, make_inputs(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["uniform_text", "primes"])
+def test_without_gate(case, dtype) -> None:
+    check(case, make_inputs(case, dtype, gate=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["uniform", "primes_text"])
+def test_activations_of_real_size(case, dtype) -> None:
+    check(case, make_inputs(case, dtype, size=17.0))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
+@pytest.mark.parametrize("case", ["uniform_text", "primes"])
+def test_scales(case, scale) -> None:
+    check(case, make_inputs(case, torch.float32), scale)
+
+
+@pytest.mark.parametrize("scale", [None, -0.3, 0.0])
+@pytest.mark.parametrize("case", CASES)
+def test_selection_equals_the_reference(case, scale) -> None:
+    inputs = make_inputs(case, torch.float64)
+    out = video_sparse_attention(**inputs, scale=scale, **settings_of(case))
+    expected = video_sparse_attention_reference(**inputs, scale=scale, **settings_of(case))
+    torch.testing.assert_close(out, expected)
+
+
+def test_gradcheck() -> None:
+    leaves = {name: x.requires_grad_() for name, x in make_inputs("primes_text", torch.float64, size=1.0).items()}
+
+    def attend(*tensors):
+        return video_sparse_attention(**dict(zip(leaves, tensors, strict=True)), **settings_of("primes_text"))
+
+    assert torch.autograd.gradcheck(attend, list(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ["uniform_text", "primes", "paper_tile"])
+def test_sparsity_zero_is_dense_attention_and_the_gated_coarse_part(case) -> None:
+    grid_tyx, tile_tyx, *_ = CASES[case]
+    inputs = make_inputs(case, torch.float64)
+    settings = {**settings_of(case), "sparsity": 0.0}
+    heads_first = [inputs[name].transpose(1, 2) for name in ("query", "key", "value")]
+    dense = F.scaled_dot_product_attention(*heads_first, enable_gqa=True).transpose(1, 2)
+    gate = inputs.pop("gate")
+    torch.testing.assert_close(video_sparse_attention(**inputs, **settings), dense)
+
+    tiles = torch.tensor(reference_tile_of_token(grid_tyx, tile_tyx))
+    num_tokens = tiles.numel()
+    means = [
+        torch.stack([x[:, :, :num_tokens][:, :, tiles == tile].mean(2) for tile in range(int(tiles.max()) + 1)], dim=2)
+        for x in heads_first
+    ]
+    coarse = F.scaled_dot_product_attention(*means, enable_gqa=True).transpose(1, 2)[:, tiles]
+    dense[:, :num_tokens] += coarse * gate
+    torch.testing.assert_close(video_sparse_attention(**inputs, gate=gate, **settings), dense)
+
+
+def test_zero_gate_is_no_gate_forward() -> None:
+    inputs = make_inputs("primes_text", torch.float32)
+    gate = inputs.pop("gate")
+    without = video_sparse_attention(**inputs, **settings_of("primes_text"))
+    assert torch.equal(video_sparse_attention(**inputs, gate=torch.zeros_like(gate), **settings_of("primes_text")), without)
+
+
+def test_rows_of_the_gate_behind_the_video_are_not_read() -> None:
+    inputs = make_inputs("primes_text", torch.float32)
+    expected = video_sparse_attention(**inputs, **settings_of("primes_text"))
+    long_gate = torch.full_like(inputs["query"], torch.nan)
+    long_gate[:, : inputs["gate"].shape[1]] = inputs["gate"]
+    inputs["gate"] = long_gate.requires_grad_()
+    out = video_sparse_attention(**inputs, **settings_of("primes_text"))
+    assert torch.equal(out, expected)
+    (grad,) = torch.autograd.grad(out.sum(), [long_gate])
+    assert grad.isfinite().all()
+    assert not grad[:, math.prod(CASES["primes_text"][0]) :].any()
+
+
+@pytest.mark.parametrize("case", ["uniform", "primes"])
+def test_tokens_of_dropped_tiles_are_not_read(case) -> None:
+    inputs = make_inputs(case, torch.float32, gate=False)
+    tiles = torch.tensor(reference_tile_of_token(*CASES[case][:2]))
+    sees = (kept_tiles(case, inputs) == 0).any(-1)  # [B, H, N]: which query tiles keep tile 0
+    untouched = ~sees.transpose(1, 2)[:, tiles]
+    expected = video_sparse_attention(**inputs, **settings_of(case))
+    # Values take no part in the selection, so poison there changes no choice.
+    inputs["value"][:, tiles == 0] = torch.nan
+    out = video_sparse_attention(**inputs, **settings_of(case))
+    assert torch.equal(out[untouched], expected[untouched])
+    assert out[~untouched].isnan().all()
+    assert 0 < untouched.sum() < untouched.numel()
+
+
+def test_a_query_tile_of_nan_leaves_the_others_alone() -> None:
+    inputs = make_inputs("primes", torch.float32, gate=False)
+    tiles = torch.tensor(reference_tile_of_token(*CASES["primes"][:2]))
+    expected = video_sparse_attention(**inputs, **settings_of("primes"))
+    inputs["query"][:, tiles == 1] = torch.nan
+    out = video_sparse_attention(**inputs, **settings_of("primes"))
+    torch.testing.assert_close(out[:, tiles != 1], expected[:, tiles != 1])
+    assert out[:, tiles == 1].isnan().all()
+    num_kept = num_kept_tiles(int(tiles.max()) + 1, CASES["primes"][-1])
+    # All scores of that tile are NaN: still exactly k distinct tiles.
+    assert torch.equal(kept_tiles("primes", inputs)[:, :, 1], torch.arange(num_kept, dtype=torch.int32).expand(2, 4, num_kept))
+
+
+def test_equal_scores_keep_the_first_tiles() -> None:
+    inputs = make_inputs("primes", torch.float32, gate=False)
+    inputs["query"].zero_()
+    num_kept = kept_tiles("primes", inputs).shape[-1]
+    first = torch.tensor(reference_tile_of_token(*CASES["primes"][:2])) < num_kept
+    expected = inputs["value"][:, first].mean(1, keepdim=True).repeat_interleave(2, dim=2)
+    out = video_sparse_attention(**inputs, **settings_of("primes"))
+    torch.testing.assert_close(out, expected.expand_as(out))
+
+
+def test_choice_passes_no_gradient_without_gate() -> None:
+    """Without a coarse part the gradient is that of attention over fixed tiles."""
+    inputs = make_inputs("uniform", torch.float64, gate=False)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    indices = kept_tiles("uniform", inputs)
+    out = video_sparse_attention(**leaves, **settings_of("uniform"))
+    expected = video_sparse_attention_reference(**leaves, indices=indices, **settings_of("uniform"))
+    for a, b in zip(
+        torch.autograd.grad(out.sin().sum(), list(leaves.values())),
+        torch.autograd.grad(expected.sin().sum(), list(leaves.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_strided_inputs() -> None:
+    inputs = make_inputs("primes_text", torch.float32)
+    expected = video_sparse_attention(**inputs, **settings_of("primes_text"))
+    strided = {name: x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for name, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in strided.values())
+    torch.testing.assert_close(video_sparse_attention(**strided, **settings_of("primes_text")), expected)
+
+
+def test_changing_shapes_in_one_process() -> None:
+    for _ in range(2):
+        for case in ("uniform", "primes_text", "one_token"):
+            check(case, make_inputs(case, torch.float32))
+
+
+def test_number_of_tiles_and_geometry_at_hand() -> None:
+    inputs = make_inputs("primes_text", torch.float32)
+    grid_tyx, tile_tyx, *_, num_replicated, sparsity = CASES["primes_text"]
+    geometry = video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu")
+    num_kept = num_kept_tiles(geometry.grid.num_tiles, sparsity)
+    settings = {"tile_tyx": tile_tyx, "num_replicated": num_replicated, "num_kept": num_kept, "geometry": geometry}
+    expected = video_sparse_attention(**inputs, **settings_of("primes_text"))
+    assert torch.equal(video_sparse_attention(**inputs, grid_tyx=grid_tyx, **settings), expected)
+    assert video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu") is geometry
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+@pytest.mark.parametrize("case", ["uniform", "primes_text"])
+def test_compiles_to_one_graph(case, at_hand) -> None:
+    grid_tyx, tile_tyx, *_, num_replicated, sparsity = CASES[case]
+    leaves = {name: x.requires_grad_() for name, x in make_inputs(case, torch.float64).items()}
+    geometry = video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu") if at_hand else None
+    settings = {"num_kept": num_kept_tiles(TileGrid(grid_tyx, tile_tyx).num_tiles, sparsity), "geometry": geometry}
+
+    def attend(leaves):
+        return (
+            video_sparse_attention(**leaves, grid_tyx=grid_tyx, tile_tyx=tile_tyx, num_replicated=num_replicated, **settings)
+            .sin()
+            .sum()
+        )
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(attend(leaves), list(leaves.values()))
+    for a, b in zip(torch.autograd.grad(compiled(leaves), list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast() -> None:
+    inputs = make_inputs("primes_text", torch.float32)
+    expected = video_sparse_attention(**{name: x.bfloat16() for name, x in inputs.items()}, **settings_of("primes_text"))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = video_sparse_attention(**inputs, **settings_of("primes_text"))
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"sparsity": 1.0}, ValueError, r"sparsity in \[0, 1\), got sparsity=1.0"),
+        ({"sparsity": math.nan}, ValueError, "sparsity"),
+        ({"sparsity": None}, ValueError, "either sparsity or num_kept"),
+        ({"num_kept": 3}, ValueError, "either sparsity or num_kept"),
+        ({"sparsity": None, "num_kept": 13}, ValueError, r"num_kept in \[1, 12\]"),
+        ({"grid_tyx": (4, 4, 5)}, ValueError, r"grid \(4, 4, 5\) with num_replicated=0 has 80 tokens, query has 96"),
+        ({"grid_tyx": (4, 24)}, ValueError, "grid_tyx"),
+        ({"tile_tyx": (0, 1, 1)}, ValueError, "tile_tyx"),
+        ({"num_replicated": -1}, ValueError, "num_replicated=-1"),
+        ({"num_replicated": 3}, ValueError, "has 99 tokens, query has 96"),
+        ({"scale": math.nan}, ValueError, "finite scale"),
+        ({"gate": torch.zeros(2, 95, 2, 8)}, ValueError, r"gate of shape \(2, 96, 2, 8\)"),
+        ({"gate": torch.zeros(2, 96, 2, 8, dtype=torch.float64)}, ValueError, "gate in torch.float32"),
+        ({"key": torch.zeros(2, 96, 3, 8)}, ValueError, "one shape"),
+        ({"key": torch.zeros(2, 96, 2, 8, dtype=torch.float64)}, ValueError, "one dtype and device"),
+        ({"query": torch.zeros(2, 96, 2, 8, dtype=torch.int64)}, TypeError, "floating-point query"),
+        ({"query": torch.zeros(96, 2, 8)}, ValueError, r"query \[batch, seq, heads, head_size\]"),
+        ({"query": torch.zeros(2, 96, 3, 8)}, ValueError, "multiple of key heads"),
+        ({"geometry": video_geometry(TileGrid((2, 6, 8), (2, 2, 2)), "cpu")}, ValueError, "the geometry is that of"),
+    ],
+)
+def test_bad_input(changes, error, text) -> None:
+    inputs = make_inputs("uniform", torch.float32, gate=False)
+    with pytest.raises(error, match=text):
+        video_sparse_attention(**{**inputs, **settings_of("uniform"), **changes})
