@@ -56,27 +56,34 @@ def video_geometry(grid: TileGrid, device: torch.device | str, num_replicated: i
         >>> video_geometry(TileGrid((2, 2, 2), (1, 2, 2)), "cpu", 3).key_tiles.sizes.tolist()
         [4, 4, 3]
     """
-    return _video_geometry(grid, torch.device(device), num_replicated)
+    # Dynamo would look through the cache, and warn.
+    build = _video_geometry if torch.compiler.is_compiling() else _cached_video_geometry
+    return with_replicated(build(grid, torch.device(device)), num_replicated)
 
 
-@functools.lru_cache(maxsize=16)
-def _video_geometry(grid: TileGrid, device: torch.device, num_replicated: int) -> VideoGeometry:
+def _video_geometry(grid: TileGrid, device: torch.device) -> VideoGeometry:
     tensors = grid.tensors(device)
     order = None if grid.is_raster else tensors.order
     video = TileLayout(tensors.offsets, grid.num_tokens, grid.max_size, grid.is_uniform, order)
-    return with_replicated(VideoGeometry(grid, 0, video, video, None, tensors.tile_of_token), num_replicated)
+    return VideoGeometry(grid, 0, video, video, None, tensors.tile_of_token)
 
 
-# Dynamo looks through the cache and traces the few operations.
-@functools.lru_cache(maxsize=16)
+_cached_video_geometry = functools.lru_cache(maxsize=16)(_video_geometry)
+
+
 def with_replicated(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
-    """A geometry without text, with `num_replicated` text tokens behind it."""
+    """A geometry without text, with `num_replicated` text tokens behind it; cached."""
     if geometry.num_replicated:
         raise ValueError(f"expected a geometry without text, got {geometry.num_replicated=}")
     if num_replicated < 0:
         raise ValueError(f"expected num_replicated >= 0, got {num_replicated=}")
     if not num_replicated:
         return geometry
+    build = _append_text if torch.compiler.is_compiling() else _cached_append_text
+    return build(geometry, num_replicated)
+
+
+def _append_text(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
     grid, video = geometry.grid, geometry.video_tiles
     device, chunk, num_tokens = video.offsets.device, grid.max_size, grid.num_tokens + num_replicated
     num_chunks = -(-num_replicated // chunk)
@@ -93,6 +100,9 @@ def with_replicated(geometry: VideoGeometry, num_replicated: int) -> VideoGeomet
     )
     text = TileLayout(text_offsets, num_replicated, min(chunk, num_replicated), num_chunks == 1 or are_chunks_full)
     return VideoGeometry(grid, num_replicated, video, keys, text, geometry.tile_of_token)
+
+
+_cached_append_text = functools.lru_cache(maxsize=16)(_append_text)
 
 
 def video_sparse_attention(

@@ -116,7 +116,9 @@ class TileGrid:
 
     def tensors(self, device: torch.device | str) -> TileTensors:
         """The grid's index tensors on `device`, built once and shared; don't write to them."""
-        return _tile_tensors(self, torch.device(device))
+        # Dynamo would look through the cache, and warn.
+        build = _tile_tensors if torch.compiler.is_compiling() else _cached_tile_tensors
+        return build(self, torch.device(device))
 
 
 def as_tyx(name: str, value: Sequence[int]) -> tuple[int, int, int]:
@@ -129,7 +131,6 @@ def as_tyx(name: str, value: Sequence[int]) -> tuple[int, int, int]:
     return extents[0], extents[1], extents[2]
 
 
-@functools.lru_cache(maxsize=_NUM_CACHED)
 def _tile_tensors(grid: TileGrid, device: torch.device) -> TileTensors:
     (tile_t, tile_y, tile_x), (_, num_y, num_x) = grid.tile_tyx, grid.num_tiles_tyx
     t, y, x = (torch.arange(extent) for extent in grid.grid_tyx)
@@ -144,3 +145,6 @@ def _tile_tensors(grid: TileGrid, device: torch.device) -> TileTensors:
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     sizes, offsets, order, inverse = (x.to(device, torch.int32) for x in (sizes, offsets, order, inverse))
     return TileTensors(sizes, offsets, order, inverse, tile_of_token.to(device))
+
+
+_cached_tile_tensors = functools.lru_cache(maxsize=_NUM_CACHED)(_tile_tensors)
