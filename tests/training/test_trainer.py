@@ -10,7 +10,7 @@ from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
 from fastvideo.training.cli import add_arguments, run
 from fastvideo.training.config import TrainConfig
 from fastvideo.training.curves import held_out_losses, read_metrics
-from fastvideo.training.trainer import RunOptions, Trainer
+from fastvideo.training.trainer import RunOptions, Trainer, compile_blocks
 
 TINY = {
     "attention": "dense",
@@ -113,6 +113,21 @@ def test_vsa_trains_through_all_its_sparsities(tmp_path):
     assert set(last) == {"sparsity 0", "sparsity 0.75"}
     assert last["sparsity 0"] != last["sparsity 0.75"]
     assert SpriteVideoModel.load(tmp_path / "model").sampling.sparsity == 0.75
+
+
+def test_compiled_blocks_share_their_graphs_and_change_no_number(tmp_path):
+    settings = {"attention": "vsa", "frame_size": 32, "num_layers": 4, "max_steps": 4, "dense_interval": 0}
+    plain = trainer(tmp_path / "plain", **settings)
+    compiled = trainer(tmp_path / "compiled", **settings)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(compiled.transformer, backend="eager")
+    counts = []
+    for step in (0, 1, 3):
+        assert compiled.config.sparsity_at(step) == (0.0, 0.25, 0.75, 0.75)[step]
+        torch.testing.assert_close(compiled.train_step(step), plain.train_step(step), rtol=1e-5, atol=1e-6)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < counts[0] == counts[1] == counts[2] <= 10
 
 
 def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(tmp_path):

@@ -49,7 +49,8 @@ class TrainConfig:
         dense_interval: After the first level, every so-many-th step runs at the first level, so that the model keeps
             working there; 0 means never.
         precision: Weights and activations; master weights, averages and norms are float32 in any case.
-        compile: What `torch.compile` takes as one graph: each block, the whole model, or nothing.
+        compile: What `torch.compile` works on: "blocks" takes what lies between attention layers, in graphs that all
+            blocks and sparsities share; "model" takes everything as one graph, anew for each sparsity.
         seed: Of weights, clips and noise.
 
     Raises:
@@ -69,16 +70,16 @@ class TrainConfig:
     num_frames: int = 16
     frame_size: int = 64
     num_sprites: int | None = None
-    max_steps: int = 2500
-    batch_size: int = 64
+    max_steps: int = 5000
+    batch_size: int = 32
     optimizer: OptimizerName = "muon"
     learning_rate: float = 2e-3
     muon_learning_rate: float = 1e-2
     weight_decay: float = 0.01
-    warmup_steps: int = 100
+    warmup_steps: int = 150
     final_learning_rate: float = 0.02
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.998
+    ema_decay: float = 0.999
     text_dropout: float = 0.1
     noise_shift: float = 6.0
     uniform_share: float = 0.2

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.attention.layer import DistributedAttention, LocalAttention
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
@@ -65,6 +66,23 @@ class RunOptions:
     on_step: Callable[[int, float], None] | None = None
 
 
+def compile_blocks(transformer: WanTransformer3DModel, backend: str = "inductor") -> None:
+    """Compile what lies between the attention layers of each block.
+
+    The attention layers run as they are written, so that all blocks share a few small graphs and no change of sparsity
+    compiles anything.
+
+    Args:
+        transformer: Changed in place.
+        backend: Compiler of the graphs, as `torch.compile` takes it.
+    """
+    for module in transformer.modules():
+        if isinstance(module, (LocalAttention, DistributedAttention)):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
+    for block in transformer.blocks:
+        block.compile(backend=backend, dynamic=False)
+
+
 class Trainer:
     """One training run.
 
@@ -108,8 +126,7 @@ class Trainer:
         if config.compile == "model":
             self.transformer.compile(dynamic=False)
         elif config.compile == "blocks":
-            for block in self.transformer.blocks:
-                block.compile(dynamic=False)
+            compile_blocks(self.transformer)
         self._started = time.monotonic()
 
     @property
