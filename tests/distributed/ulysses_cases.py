@@ -239,6 +239,7 @@ def main(rank: str, size: str, folder: str) -> None:
         except Exception:  # noqa: BLE001  # the report of one case must not hide the others
             report[name] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(report))
+    dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 
 

@@ -155,10 +155,10 @@ def check_causal_lengths(query_len: int, key_len: int) -> None:
 
 
 def autocast(*arguments: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast floating tensors as `scaled_dot_product_attention` does under `torch.autocast`; return what is no tensor as it is."""
+    """Cast floating tensors as SDPA does under `torch.autocast`; return what is no tensor, and all without it, as they are."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return arguments
     dtype = torch.get_autocast_dtype(device)
     return tuple(argument.to(dtype) if _is_castable(argument) else argument for argument in arguments)

@@ -24,6 +24,7 @@ from fastvideo.attention.backends.abstract import (
 )
 from fastvideo.attention.backends.dense import DenseMetadataBuilder, common_rejections, with_positive_scale
 from fastvideo.attention.request import AttentionRequest
+from fastvideo.compilation import constant_while_tracing
 
 __all__ = ["TorchSDPABackend", "TorchSDPAImpl", "cudnn_refusals"]
 
@@ -235,6 +236,8 @@ def _attend(
     if _takes_cudnn(q, k, mask, dropout_p):
         return _cudnn(q, k, v, is_causal, scale)[0][..., :head_size]
     if q.device.type == "cuda":
+        if mask is not None and q.dtype != torch.float64 and torch.version.hip is None:
+            return _efficient(q, k, v, mask, is_causal, scale, dropout_p)[0]
         # Off multiples of 8, PyTorch falls back to holding all scores.
         q, k, v = (_pad_head(x) for x in (q, k, v))
     if _shares_heads_natively(q, mask):
@@ -281,25 +284,43 @@ def _kernel_with_lse(
     if _takes_cudnn(q, k, mask, 0.0):
         output, lse = _cudnn(q, k, v, is_causal, scale, needs_lse=True)
         return output[..., :head_size], lse.reshape(q.shape[0], num_heads, query_len)
-    bias = _as_bias(mask, q.dtype)
     if q.device.type == "cpu":
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         k, v = _repeat_heads(k, num_heads), _repeat_heads(v, num_heads)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
+            q, k, v, 0.0, is_causal, attn_mask=_as_bias(mask, q.dtype), scale=scale
         )
         return output, lse
     if q.device.type == "cuda" and q.dtype != torch.float64:
-        q, k, v = (_pad_head(x) for x in (q, k, v))
-        k, v = _repeat_heads(k, num_heads), _repeat_heads(v, num_heads)
-        if bias is not None:
-            bias = _aligned(bias).expand(q.shape[0], num_heads, query_len, k.shape[2])
-        output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, is_causal, scale=scale)[
-            :2
-        ]
-        # The kernel rounds the number of rows up.
-        return output[..., :head_size], lse[..., :query_len]
+        return _efficient(q, k, v, mask, is_causal, scale, 0.0)
     return _attend(q, k, v, mask, is_causal, scale, 0.0), _chunked_lse(q, k, mask, is_causal, scale)
+
+
+def _efficient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the memory-efficient CUDA kernel, which takes every mask; return the output and the log-sum-exp `[B, H, S_q]`.
+
+    It is called by name where there is a mask: what PyTorch would pick, cuDNN's kernel, gave wrong gradients for a mask
+    broadcast over queries on an H200 (torch 2.11).
+    """
+    num_heads, query_len, head_size = q.shape[1:]
+    q, k, v = (_pad_head(x) for x in (q, k, v))
+    k, v = _repeat_heads(k, num_heads), _repeat_heads(v, num_heads)
+    bias = _as_bias(mask, q.dtype)
+    if bias is not None:
+        bias = _aligned(bias).expand(q.shape[0], num_heads, query_len, k.shape[2])
+    output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, dropout_p, is_causal, scale=scale
+    )[:2]
+    # The kernel rounds the number of rows up.
+    return output[..., :head_size], lse[..., :query_len]
 
 
 def _takes_cudnn(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, dropout_p: float) -> bool:
@@ -316,7 +337,7 @@ def _takes_cudnn(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, dr
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]  # typed from torch 2.12 on
+@constant_while_tracing
 def _cudnn_capability(device_index: int) -> tuple[int, int] | None:
     """Return the compute capability, or `None` where cuDNN's attention doesn't exist or is switched off."""
     is_enabled = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]  # in torch

@@ -24,6 +24,7 @@ from fastvideo.attention.backends.dense import DenseMetadataBuilder, common_reje
 from fastvideo.attention.backends.flash_attn.generations import GENERATIONS, Generation, choose_generation
 from fastvideo.attention.backends.flash_attn.kernels import NOT_PACKED, Lengths
 from fastvideo.attention.request import AttentionRequest
+from fastvideo.compilation import constant_while_tracing
 from fastvideo.platforms import current_platform
 
 __all__ = ["FlashAttentionBackend", "FlashAttentionImpl", "Generation", "choose_generation"]
@@ -140,7 +141,7 @@ class FlashAttentionImpl(AttentionImpl[AttentionMetadata]):
         return output, lse.masked_fill(~attn_mask.any(1)[:, None, None], -torch.inf)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]  # typed from torch 2.12 on
+@constant_while_tracing
 def _generation_here(*call: Any) -> int:
     """Return the index in `GENERATIONS` of the one that runs a call on the machine at hand."""
     return _cached_generation(*call)
