@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastvideo.models.sprites.pipeline import NUM_COORDINATES
 from fastvideo.models.sprites.prompts import MAX_TOKENS, VOCABULARY
 from fastvideo.models.text import WordEncoderConfig
 from fastvideo.models.wan import WanConfig
@@ -113,12 +114,12 @@ class TrainConfig:
         return (self.num_frames, self.frame_size, self.frame_size)
 
     def transformer_config(self) -> WanConfig:
-        """Sizes of the video transformer: patches of 1 x 4 x 4 pixels of 3 channels."""
+        """Sizes of the video transformer: patches of 1 x 4 x 4 pixels of 3 colours and 3 coordinates."""
         return WanConfig(
             patch_size=(1, 4, 4),
             num_attention_heads=self.dim // self.head_size,
             attention_head_dim=self.head_size,
-            in_channels=3,
+            in_channels=3 + NUM_COORDINATES,
             out_channels=3,
             text_dim=self.text_dim,
             freq_dim=256,

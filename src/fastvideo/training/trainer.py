@@ -21,7 +21,7 @@ from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.layer import DistributedAttention, LocalAttention
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
-from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
+from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel, with_coordinates
 from fastvideo.models.text import WordEncoder
 from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.models.wan.checkpoint import cast_weights
@@ -203,7 +203,7 @@ class Trainer:
         text = self.text_encoder(examples.token_ids).to(dtype)
 
         def velocity(x: Tensor, timestep: Tensor, /, **conditioning: Tensor) -> Tensor:
-            predicted: Tensor = self.transformer(x.to(dtype), timestep, **conditioning)
+            predicted: Tensor = self.transformer(with_coordinates(x.to(dtype)), timestep, **conditioning)
             return predicted
 
         with set_forward_context(0, self.metadata(sparsity)):

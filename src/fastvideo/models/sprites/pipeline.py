@@ -29,6 +29,30 @@ _TEXT_PREFIX = "text_encoder."
 _FORMAT = "fastvideo-sprites-1"
 
 
+NUM_COORDINATES = 3
+"""Channels that `with_coordinates` appends: frame, row and column."""
+
+
+def with_coordinates(video: Tensor) -> Tensor:
+    """Append each pixel's frame, row and column, from -1 to 1, as channels.
+
+    Rotary positions are relative: without these, a model learns only late which of two opposite directions is which.
+
+    Args:
+        video: `[B, C, T, Y, X]`.
+
+    Returns:
+        `[B, C + 3, T, Y, X]`.
+
+    Example:
+        >>> with_coordinates(torch.zeros(1, 1, 3, 1, 1))[0, 1].flatten().tolist()
+        [-1.0, 0.0, 1.0]
+    """
+    lines = [torch.linspace(-1, 1, length, device=video.device, dtype=video.dtype) for length in video.shape[2:]]
+    coordinates = torch.stack(torch.meshgrid(*lines, indexing="ij"))
+    return torch.cat([video, coordinates.expand(len(video), -1, -1, -1, -1)], dim=1)
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How to sample from a model.
@@ -75,6 +99,11 @@ class SpriteVideoModel:
         weight = self.transformer.patch_embedding.weight
         return self.text_encoder(tokenize(prompts, weight.device)).to(weight.dtype)  # type: ignore[no-any-return]
 
+    def velocity(self, x: Tensor, timestep: Tensor, /, **conditioning: Tensor) -> Tensor:
+        """Predict the velocity of noisy clips `[B, 3, T, Y, X]`; `flow.sample_flow` calls it."""
+        predicted: Tensor = self.transformer(with_coordinates(x), timestep, **conditioning)
+        return predicted
+
     @torch.no_grad()
     def sample(
         self,
@@ -107,7 +136,7 @@ class SpriteVideoModel:
         noise = torch.cat([draw_noise(shape, seed, device=weight.device, dtype=weight.dtype) for seed in seeds])
         metadata = self.transformer.attention_metadata(self.video_tyx, 0, chosen.sparsity, weight.device)
         clip = sample_flow(
-            self.transformer,
+            self.velocity,
             noise,
             chosen.num_steps,
             conditioning={"encoder_hidden_states": self.embed(prompts)},
