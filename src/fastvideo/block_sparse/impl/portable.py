@@ -122,7 +122,7 @@ def _spans(problems: _Problems, pattern: BlockPattern, row_bytes: int) -> Iterat
     order = torch.argsort(counts * (pattern.key_tiles.num_tokens + 1) + totals, stable=True)
     order = order[(counts[order] > 0) & (totals[order] > 0)]
     rows_of, width_of = counts[order].tolist(), totals[order].tolist()
-    first = 0
+    first, threads = 0, torch.get_num_threads()
     while first < len(rows_of):
         width, last = width_of[first], first + 1
         while last < len(rows_of):
@@ -130,6 +130,10 @@ def _spans(problems: _Problems, pattern: BlockPattern, row_bytes: int) -> Iterat
             if (last + 1 - first) * wider * (row_bytes + 4 * rows_of[last]) > _CHUNK_BYTES_CPU:
                 break
             width, last = wider, last + 1
+        # Threads share a batched matmul by problems.
+        if last - first > threads:
+            last -= (last - first) % threads
+            width = max(width_of[first:last])
         yield order[first:last], rows_of[last - 1], width, min(width_of[first:last]) == width
         first = last
 
