@@ -3,7 +3,7 @@
 #   make test       runs the CPU test suite
 
 PYTHON ?= python3
-PROMPT ?= red heart moving left, green tree moving up on a white background
+PROMPT ?= red heart moving left, green tree moving up on a navy background
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

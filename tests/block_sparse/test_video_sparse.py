@@ -76,6 +76,18 @@ def test_values_and_gradients(case, dtype) -> None:
     check(case, make_inputs(case, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["one_token_and_text", "keep_all"])
+def test_keeping_everything_without_gradients(case, dtype) -> None:
+    """Where nothing is skipped and no gradient is needed, dense kernels run."""
+    assert_op_within_budget(
+        partial(video_sparse_attention, **settings_of(case)),
+        partial(video_sparse_attention_reference, **settings_of(case)),
+        make_inputs(case, dtype),
+        gradients=False,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["uniform_text", "primes"])
 def test_without_gate(case, dtype) -> None:

@@ -72,7 +72,9 @@ def reference(query, key, value, *, pattern: BlockPattern, scale: float | None =
 
 def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
     bound = {"pattern": pattern, "scale": scale}
-    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs)
+    # Over a single key the scores' gradient is the difference of two equal sums, which eager softmax makes exactly zero.
+    is_single = inputs["key"].shape[1] == 1 and inputs["key"].dtype == torch.float32
+    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs, floor_ulps=32 if is_single else None)
 
 
 def gradients(inputs: dict[str, torch.Tensor], pattern: BlockPattern) -> tuple[torch.Tensor, ...]:
@@ -179,7 +181,7 @@ def test_more_than_two_to_the_31_elements() -> None:
         pytest.skip("needs 16 GiB of free device memory")
     room = torch.empty(batch, tokens, 2048 * head_size, dtype=torch.bfloat16, device="cuda")
     assert room.numel() > 2**31
-    query, key, value = (room[:, :, i * head_size : (i + 1) * head_size].unsqueeze(2) for i in range(-3, 0))
+    query, key, value = (room[:, :, i * head_size : (i + 1) * head_size].unsqueeze(2) for i in range(2045, 2048))
     generator = torch.Generator("cuda").manual_seed(0)
     for x in (query, key, value):
         x.copy_(torch.randn(batch, tokens, heads, head_size, generator=generator, device="cuda"))

@@ -26,6 +26,7 @@ from fastvideo.block_sparse.attention import as_autocast, block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
 from fastvideo.video import TileGrid, tile_mean, tile_sum
+from fastvideo.video.choose_tile import resolve_tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def video_sparse_attention(
     sparsity: float | None = None,
     num_kept: int | None = None,
     gate: Tensor | None = None,
-    tile_tyx: tuple[int, int, int] = (4, 4, 4),
+    tile_tyx: tuple[int, int, int] | str = (4, 4, 4),
     num_replicated: int = 0,
     scale: float | None = None,
     geometry: VideoGeometry | None = None,
@@ -135,7 +136,8 @@ def video_sparse_attention(
         sparsity: Share of tiles to drop, in [0, 1). 0 is dense attention (plus the gated coarse part).
         num_kept: The number of tiles to keep, in place of `sparsity`.
         gate: `[B, S, Hq, D]` or `[B, S + R, Hq, D]`, of which the text rows are not read; None for no coarse part.
-        tile_tyx: Tokens of a tile; tiles at the far edges may be smaller.
+        tile_tyx: Tokens of a tile; tiles at the far edges may be smaller. `"auto"` picks that of at most 64 tokens which costs
+            least on this grid (`fastvideo.video.choose_tile`).
         num_replicated: R, how many of the last rows are text.
         scale: Factor of all scores, any finite number; None means `1 / sqrt(D)`.
         geometry: Layouts of this grid and tile without text, if at hand (metadata holds them); None looks them up.
@@ -156,6 +158,7 @@ def video_sparse_attention(
         >>> torch.allclose(dense, expected, atol=1e-5)
         True
     """
+    tile_tyx = resolve_tile(tile_tyx, grid_tyx)
     geometry, num_kept = _resolve(query, grid_tyx, tile_tyx, num_replicated, geometry, sparsity, num_kept)
     query, key, value, *gates = as_autocast(query, key, value, *(() if gate is None else (gate,)))
     _check_inputs(query, key, value, geometry)
@@ -166,10 +169,17 @@ def video_sparse_attention(
     gate = _video_gate(gates[0], query, geometry) if gates else None
     with torch.autocast(query.device.type, enabled=False):
         indices, coarse = _coarse_stage(query, key, value, geometry, num_kept, scale, has_gate=gate is not None)
-        out = _fine_stage(query, key, value, geometry, indices, scale, impl)
+        text: Tensor | None
+        needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        if impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad:
+            # Everything sees everything, which dense kernels do faster. They mind a negative scale, and their gradients
+            # on the CPU are less exact than the engine's.
+            out, text = _dense_stage(query, key, value, geometry, scale)
+        else:
+            out = _fine_stage(query, key, value, geometry, indices, scale, impl)
+            text = _text_stage(query, key, value, geometry, scale, impl)
         if gate is not None and coarse is not None:
             out = _add_gated_tiles(out, coarse, gate, geometry)
-        text = _text_stage(query, key, value, geometry, scale, impl)
         return out if text is None else torch.cat([out, text], dim=1)
 
 
@@ -293,6 +303,17 @@ def _fine_stage(
         query = query[:, : geometry.grid.num_tokens]
     pattern = BlockPattern(geometry.video_tiles, geometry.key_tiles, indices)
     return block_sparse_attention(query, key, value, pattern, scale=scale, impl=impl)
+
+
+def _dense_stage(
+    query: Tensor, key: Tensor, value: Tensor, geometry: VideoGeometry, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention of all tokens: that of the video, `[B, S, H, D]`, and that of the text or None without."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    is_grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=is_grouped).transpose(1, 2)
+    num_video = geometry.grid.num_tokens
+    return out[:, :num_video], out[:, num_video:] if geometry.num_replicated else None
 
 
 def _text_stage(

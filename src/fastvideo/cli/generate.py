@@ -22,7 +22,7 @@ from fastvideo.settings import Settings
 
 __all__ = ["add_arguments", "run"]
 
-DEFAULT_PROMPT = "red heart moving left, green tree moving up on a white background"
+DEFAULT_PROMPT = "red heart moving left, green tree moving up on a navy background"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ def enlarge(frames: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def contact_sheet(frames: torch.Tensor, num_columns: int = 4, gap: int = 2) -> torch.Tensor:
-    """Lay frames `[T, Y, X, 3]` out in rows of `num_columns`, as one picture `[Y', X', 3]` with white gaps.
+    """Lay frames `[T, Y, X, 3]` out in rows of `num_columns`, as one picture `[Y', X', 3]` with grey gaps.
 
     Example:
         >>> contact_sheet(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), num_columns=2).shape
@@ -37,7 +37,7 @@ def contact_sheet(frames: torch.Tensor, num_columns: int = 4, gap: int = 2) -> t
     """
     count, height, width, _ = frames.shape
     num_rows = -(-count // num_columns)
-    sheet = torch.full((gap + num_rows * (height + gap), gap + num_columns * (width + gap), 3), 255, dtype=torch.uint8)
+    sheet = torch.full((gap + num_rows * (height + gap), gap + num_columns * (width + gap), 3), 160, dtype=torch.uint8)
     for index, frame in enumerate(frames):
         top = gap + index // num_columns * (height + gap)
         left = gap + index % num_columns * (width + gap)

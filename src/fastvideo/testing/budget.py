@@ -92,6 +92,7 @@ def assert_op_within_budget(
     inputs: Mapping[str, torch.Tensor],
     *,
     factor: float = 2.0,
+    floor_ulps: float | None = None,
     gradients: bool = True,
     seed: int = 0,
 ) -> None:
@@ -105,6 +106,7 @@ def assert_op_within_budget(
         reference: The same function in plain torch, for any dtype.
         inputs: Tensors in the dtype under test; integer and bool ones are passed on unchanged.
         factor: Allowed ratio of the errors.
+        floor_ulps: The floor, see `assert_within_budget`.
         gradients: Compare gradients too.
         seed: Seed of the cotangents.
 
@@ -121,7 +123,7 @@ def assert_op_within_budget(
     if got.keys() != expected.keys():
         raise AssertionError(f"got {list(got)}, the reference has {list(expected)}")
     for name, tensor in got.items():
-        assert_within_budget(tensor, expected[name], eager[name], factor, name=name)
+        assert_within_budget(tensor, expected[name], eager[name], factor, floor_ulps=floor_ulps, name=name)
 
 
 def _outputs_and_gradients(

@@ -65,13 +65,13 @@ class TrainConfig:
     attention: Literal["dense", "vsa"] = "vsa"
     dim: int = 256
     head_size: int = 64
-    num_layers: int = 8
+    num_layers: int = 6
     ffn_dim: int | None = None
     text_dim: int = 128
     num_frames: int = 16
     frame_size: int = 64
     num_sprites: int | None = None
-    max_steps: int = 5000
+    max_steps: int = 7000
     batch_size: int = 32
     optimizer: OptimizerName = "muon"
     learning_rate: float = 2e-3

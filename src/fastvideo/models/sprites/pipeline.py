@@ -66,7 +66,7 @@ class SamplingSettings:
     """
 
     num_steps: int = 16
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     shift: float = 6.0
     solver: Solver = "ab2"
     sparsity: float = 0.0
