@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvideo.attention import DistributedAttention, DistributedAttention_VSA, LocalAttention
+from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.attention.rope import apply_rope
 from fastvideo.forward_context import set_forward_context
 from fastvideo.testing import reference_attention

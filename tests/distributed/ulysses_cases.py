@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastvideo.attention import DistributedAttention, DistributedAttention_VSA
+from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.distributed import gather_sequence, sequence_parallel, sequence_parallel_world, shard_sequence
 from fastvideo.forward_context import set_forward_context
 

@@ -14,6 +14,7 @@ import torch
 
 from fastvideo.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from fastvideo.attention.backends.flash_attn import FlashAttentionBackend
+from fastvideo.attention.backends.sliding_tile_attn import SlidingTileAttentionBackend
 from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.platforms import describe_system
@@ -100,6 +101,28 @@ SDPA_REFUSES = (
     {"has_out": True},
     {"layout": "ulysses", "dropout_p": 0.25},
 )
+STA_REFUSES = (
+    {"query_len": 1},
+    {"key_len": 131},
+    {"dtype": torch.float8_e4m3fn},
+    {"dtype": torch.int32},
+    {"is_causal": True},
+    {"is_causal": True, "mask": "key_padding"},
+    {"is_causal": True, "mask": "additive"},
+    {"is_causal": True, "key_len": 9},
+    {"mask": "key_padding"},
+    {"mask": "bool"},
+    {"mask": "additive"},
+    {"mask": "additive", "mask_needs_grad": True, "needs_grad": True},
+    {"mask": "additive", "mask_needs_grad": True, "needs_grad": True, "needs_lse": True},
+    {"dropout_p": 0.25},
+    {"needs_lse": True},
+    {"needs_lse": True, "needs_grad": True},
+    {"has_gate": True},
+    {"has_out": True},
+    {"metadata_cls": OtherMetadata},
+    {"layout": "ulysses", "dropout_p": 0.25},
+)
 
 
 def make_request(device: str, system: str, /, **changes: Any) -> AttentionRequest:
@@ -129,8 +152,12 @@ def test_every_field_has_an_unusual_value() -> None:
 @pytest.mark.parametrize("case", UNUSUAL, ids=name_of)
 @pytest.mark.parametrize(
     ("backend", "device", "system", "refused"),
-    [(TorchSDPABackend, "cpu", "CPU", SDPA_REFUSES), (FlashAttentionBackend, "cuda", "H200", FLASH_REFUSES)],
-    ids=["TORCH_SDPA", "FLASH_ATTN"],
+    [
+        (TorchSDPABackend, "cpu", "CPU", SDPA_REFUSES),
+        (FlashAttentionBackend, "cuda", "H200", FLASH_REFUSES),
+        (SlidingTileAttentionBackend, "cpu", "CPU", STA_REFUSES),
+    ],
+    ids=["TORCH_SDPA", "FLASH_ATTN", "SLIDING_TILE_ATTN"],
 )
 def test_a_rejection_names_the_field(
     backend: type[AttentionBackend],
