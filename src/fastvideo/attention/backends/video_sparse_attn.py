@@ -26,6 +26,7 @@ from fastvideo.attention.backends.abstract import (
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.selection import num_kept_tiles
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
+from fastvideo.video.choose_tile import resolve_tile
 from fastvideo.video.tiles import TileGrid, as_tyx
 
 __all__ = [
@@ -134,7 +135,7 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         patch_size: Sequence[int],
         VSA_sparsity: float,
         device: torch.device | str,
-        tile_tyx: Sequence[int] = DEFAULT_TILE_TYX,
+        tile_tyx: Sequence[int] | str = DEFAULT_TILE_TYX,
         **settings: Any,
     ) -> VideoSparseAttentionMetadata:
         """Return the metadata of one step.
@@ -145,7 +146,7 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
             patch_size: Latent cells of a token along the same axes; they must divide `raw_latent_shape`.
             VSA_sparsity: Share of tiles to drop, in [0, 1).
             device: Where the model runs.
-            tile_tyx: Tokens of a tile.
+            tile_tyx: Tokens of a tile; `"auto"` picks that of at most 64 tokens which costs least on this grid.
             **settings: No other setting is known.
 
         Raises:
@@ -163,7 +164,7 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
                 f"expected patch_size to divide raw_latent_shape, got raw_latent_shape={latent}, patch_size={patch}"
             )
         t, y, x = (extent // cells for extent, cells in zip(latent, patch, strict=True))
-        grid = TileGrid((t, y, x), as_tyx("tile_tyx", tile_tyx))
+        grid = TileGrid((t, y, x), resolve_tile(tile_tyx, (t, y, x)))
         return VideoSparseAttentionMetadata(
             current_timestep=current_timestep,
             grid_tyx=grid.grid_tyx,
