@@ -57,6 +57,11 @@ _BUILT_INS = {
         BackendEntry("FLASH_ATTN", "fastvideo.attention.backends.flash_attn:FlashAttentionBackend", "built-in"),
         BackendEntry("TORCH_SDPA", "fastvideo.attention.backends.torch_sdpa:TorchSDPABackend", "built-in"),
         BackendEntry(
+            "SLIDING_TILE_ATTN",
+            "fastvideo.attention.backends.sliding_tile_attn:SlidingTileAttentionBackend",
+            "built-in",
+        ),
+        BackendEntry(
             "VIDEO_SPARSE_ATTN",
             "fastvideo.attention.backends.video_sparse_attn:VideoSparseAttentionBackend",
             "built-in",

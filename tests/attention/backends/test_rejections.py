@@ -49,7 +49,7 @@ UNUSUAL: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("is_causal", {"is_causal": True}, "causal"),
     ("is_causal", {"is_causal": True, "mask": "key_padding"}, "causal"),
     ("is_causal", {"is_causal": True, "mask": "additive"}, "mask"),
-    ("is_causal", {"is_causal": True, "key_len": 9}, "is_causal needs equal lengths"),
+    ("is_causal", {"is_causal": True, "key_len": 9}, "causal"),
     ("mask", {"mask": "key_padding"}, "key padding"),
     ("mask", {"mask": "bool"}, "bool mask"),
     ("mask", {"mask": "additive"}, "additive mask"),
@@ -68,7 +68,7 @@ UNUSUAL: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("num_replicated", {"num_replicated": 3}, "replicated"),
     ("metadata_cls", {"metadata_cls": OtherMetadata}, "OtherMetadata"),
     ("layout", {"layout": "ulysses"}, "ulysses"),
-    ("layout", {"layout": "ulysses", "dropout_p": 0.25}, "layout='ulysses'"),
+    ("layout", {"layout": "ulysses", "dropout_p": 0.25}, "dropout_p=0.25"),
 )
 
 # What the packages of FLASH_ATTN can't do together on an H200; the rest of UNUSUAL has to be accepted there.
