@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-__all__ = ["constant_while_tracing"]
+__all__ = ["constant_while_tracing", "plain"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+H = TypeVar("H", bound=Hashable)
 
 
 def constant_while_tracing(function: F) -> F:
@@ -17,3 +18,16 @@ def constant_while_tracing(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def plain(value: H) -> H:
+    """Return a hashable value as it is, and in traced code as a constant that Dynamo guards.
+
+    After a change Dynamo makes sizes and floats symbolic, which a function that is constant while tracing can't take; being
+    hashed brings them back.
+
+    Example:
+        >>> plain(0.5)
+        0.5
+    """
+    return next(iter({value}))

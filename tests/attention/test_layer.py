@@ -8,9 +8,18 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastvideo.attention import DistributedAttention, DistributedAttention_VSA, LocalAttention
+from fastvideo.attention import (
+    AttentionImpl,
+    DistributedAttention,
+    DistributedAttention_VSA,
+    LocalAttention,
+    attention,
+    register_attn_backend,
+)
+from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
 from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.attention.rope import apply_rope
 from fastvideo.forward_context import set_forward_context
@@ -118,13 +127,11 @@ def test_layers_add_nothing_to_the_state_dict_and_survive_copies(layer_cls) -> N
         AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9)).module,
     ]
     for twin in copies:
-        assert twin.decision is None
+        assert twin._dispatcher.last is None
         assert twin.prefix == "blocks.3.attn1"
         torch.testing.assert_close(call(twin, q, q, q), expected, rtol=0, atol=0)
         assert twin._dispatcher is not layer._dispatcher
         assert twin.decision == layer.decision
-    twin = copies[0]
-    assert next(iter(twin._dispatcher.selected.values())).impl is not next(iter(layer._dispatcher.selected.values())).impl
 
 
 @pytest.mark.parametrize("layer_cls", LAYERS)
@@ -196,8 +203,82 @@ def test_fullgraph_compile_forward_and_backward(layer_cls) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
+class OwnImpl(AttentionImpl):
+    """Keeps something of its layer: its name."""
+
+    def forward(self, query, key, value, attn_metadata):
+        return value + len(self.prefix)
+
+
+class OwnBackend(TorchSDPABackend):
+    layer_independent = False
+
+    @staticmethod
+    def get_name():
+        return "OWN"
+
+    @staticmethod
+    def get_impl_cls():
+        return OwnImpl
+
+
+class Stack(torch.nn.Module):
+    """Equal blocks, each compiled for itself, as large models are."""
+
+    def __init__(self, layer_cls, count: int, **arguments) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layer_cls(2, 16, prefix="x" * i, **arguments) for i in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, x, x) if isinstance(layer, LocalAttention) else layer(x, x, x)[0]
+        return x
+
+
+@pytest.mark.parametrize("layer_cls", LAYERS)
+def test_equal_blocks_share_one_compiled_graph(layer_cls) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, x = Stack(layer_cls, 12), draw(1, 256, 2, 16)
+    with set_forward_context(0, metadata(0.5)):
+        expected = model(x)
+        for layer in model.layers:
+            layer.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(model(x), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_layers_follow_changing_lengths_and_scales() -> None:
+    torch._dynamo.reset()
+    layer = LocalAttention(2, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    both = torch.compile(lambda q, k, s: attention(q, k, k, scale=s), fullgraph=True, backend="eager")
+    for length in (8, 13, 21, 5):
+        q, k = draw(2, length, 2, 16), draw(2, 2 * length, 2, 16, seed=1)
+        torch.testing.assert_close(compiled(q, k, k), layer(q, k, k))
+        torch.testing.assert_close(both(q, k, length / 7), attention(q, k, k, scale=length / 7))
+
+
+def test_layers_of_unlike_configuration_are_told_apart_when_compiled() -> None:
+    torch._dynamo.reset()
+    register_attn_backend("OWN", OwnBackend)
+    x = draw(1, 8, 2, 16)
+    layers = [
+        LocalAttention(2, 16),
+        LocalAttention(2, 16, softmax_scale=0.1),
+        LocalAttention(2, 16, causal=True),
+        *(LocalAttention(2, 16, backend="OWN", prefix="x" * length) for length in (1, 5)),
+    ]
+    for layer in layers:
+        expected = layer(x, x, x)
+        twin = copy.deepcopy(layer)
+        twin.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(twin(x, x, x), expected)
+    assert layers[-1]._dispatcher.own.keys() == layers[-2]._dispatcher.own.keys() != set()
+
+
 def test_decision_shows_the_last_choice() -> None:
-    layer, q = LocalAttention(2, 16), draw(1, 8, 2, 16)
+    layer, q = LocalAttention(2, 16, supported_attention_backends=("TORCH_SDPA", "FLASH_ATTN")), draw(1, 8, 2, 16)
     assert layer.decision is None
     layer(q, q, q)
     assert layer.decision.chosen == "TORCH_SDPA"

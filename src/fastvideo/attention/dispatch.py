@@ -1,7 +1,7 @@
 """The part that layers and `attention()` share: from a checked call to the implementation that runs it.
 
 Everything here is traced by `torch.compile(fullgraph=True)` but `_select`, which Dynamo runs while tracing and whose answer
-it keeps: its arguments are constants that Dynamo guards (shapes, dtypes, the wish of call and scope), so a change is followed.
+it keeps: its arguments are constants that Dynamo guards (shapes, dtypes, wishes and limits), so a change is followed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionImpl, AttentionMetadata, forward_keywords
 from fastvideo.attention.registry import backend_name, load_backend, registered_backends
 from fastvideo.attention.request import AttentionRequest
-from fastvideo.attention.selector import BackendWish, Decision, decide, resolve_wish, supported_names, with_system
-from fastvideo.compilation import constant_while_tracing
+from fastvideo.attention.selector import BackendWish, Decision, Wish, decide, resolve_wish, supported_names, with_system
+from fastvideo.compilation import constant_while_tracing, plain
 from fastvideo.forward_context import MetadataInContext, thread_state
 
 __all__ = ["Dispatcher", "Selected", "find_metadata"]
 
 _dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
-_next_token = itertools.count()
+_tokens = itertools.count()
+_moments = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,15 @@ class Selected:
     has_postprocess: bool
 
 
+_shared: dict[str, Selected] = {}
+"""Implementations that keep nothing of their layer, by what they were built for."""
+
+_traced: dict[tuple[Any, ...], tuple[int, Decision]] = {}
+"""The last decision made while compiling, by the wishes and limits of the layers it holds for, with its moment."""
+
+
 class Dispatcher:
-    """Chooses backends for one layer and keeps their implementations.
+    """Chooses backends for one layer and keeps the implementations that are its own.
 
     Copies and pickles start without implementations and make their own.
 
@@ -82,23 +90,20 @@ class Dispatcher:
         self.softmax_scale = softmax_scale
         self.causal = causal
         self.prefix = prefix
-        self.supported = supported_names(supported)
         is_auto = backend is None or (isinstance(backend, str) and backend.lower() == "auto")
-        self.backend = None if is_auto or backend is None else backend_name(backend)
-        self.default_backend = default_backend
+        own = None if is_auto or backend is None else backend_name(backend)
+        self.limits = (supported_names(supported), own, default_backend)
         self.extra_impl_args = extra_impl_args or {}
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self.token = next(_next_token)
-        self.selected: dict[str, Selected] = {}
-        self.decisions: dict[str, Decision] = {}
-        self.last_key: str | None = None
+        self.token = next(_tokens)
+        self.own: dict[str, Selected] = {}
+        self.last: tuple[int, Decision] | None = None
         _dispatchers[self.token] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("token", "selected", "decisions", "last_key")
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {name: value for name, value in self.__dict__.items() if name not in ("token", "own", "last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -112,11 +117,15 @@ class Dispatcher:
 
     @property
     def decision(self) -> Decision | None:
-        """The last decision made, eagerly or while compiling; `None` before the first call."""
-        return None if self.last_key is None else self.decisions[self.last_key]
+        """The last decision: the layer's own of an eager call, or one made while compiling for layers like it."""
+        made = [moment for moment in (self.last, _traced.get(self.limits)) if moment is not None]
+        return max(made, key=lambda moment: moment[0])[1] if made else None
 
     def select(self, call: dict[str, Any], backend: BackendWish | None = None) -> Selected:
         """Return what runs a call.
+
+        Traced code reads nothing that differs between layers of one configuration, unless the backend's implementations
+        belong to their layers: so equal blocks share one compiled graph.
 
         Args:
             call: The fields of its `AttentionRequest`.
@@ -125,52 +134,89 @@ class Dispatcher:
         Raises:
             BackendUnavailable: Nothing that may run it can, or the backend asked for can't.
         """
-        key = _select(self.token, backend, thread_state.backend_wish, **call)
-        if not torch.compiler.is_compiling():  # a side effect that checkpointing under compile can't have
-            self.last_key = key
-        return self.selected[key]
+        has_own_arguments = len(self.extra_impl_args) > 0
+        scope = thread_state.backend_wish
+        if torch.compiler.is_compiling():
+            call = {name: plain(value) for name, value in call.items()}
+            key = _select_while_tracing(self.limits, has_own_arguments, backend, scope, **call)
+        else:
+            key, decision = _select(self.limits, has_own_arguments, backend, scope, call)
+            self.last = (next(_moments), decision)
+        if key in _shared:
+            return _shared[key]
+        _make_own(self.token, key, call["num_heads"], call["num_kv_heads"])
+        return self.own[key]
 
-    def select_now(self, request: AttentionRequest, backend: BackendWish | None, scope: str | None) -> str:
-        """Choose, build the implementation if it is new, and return the key under which both are kept."""
-        wish, notes = resolve_wish(backend, self.backend, scope, self.supported)
-        candidates = self.supported
-        if wish is None and self.default_backend is not None:
-            wish, _ = resolve_wish(None, self.default_backend, None, self.supported)
-        decision = decide(with_system(request), wish, candidates, notes, tuple(registered_backends()))
-        name = decision.require()
-        key = f"{name} with {request.num_heads} and {request.num_kv_heads} heads on {request.device}"
-        if key not in self.selected:
-            self.selected[key] = self._build(name, request)
-        self.decisions[key] = decision
-        self.last_key = key
-        return key
+    def make_own(self, key: str, num_heads: int, num_kv_heads: int) -> None:
+        """Build the layer's own implementation for a key, if it is new."""
+        if key not in self.own:
+            prefix = f"{self.prefix}.impl" if self.prefix else ""
+            sizes = (num_heads, self.head_size, self.softmax_scale, self.causal, num_kv_heads)
+            self.own[key] = _build(key.split()[0], sizes, prefix, self.extra_impl_args)
 
-    def _build(self, name: str, request: AttentionRequest) -> Selected:
-        backend = load_backend(name)
-        impl_cls = backend.get_impl_cls()
-        impl = impl_cls(
-            num_heads=request.num_heads,
-            head_size=self.head_size,
-            softmax_scale=self.softmax_scale,
-            causal=self.causal,
-            num_kv_heads=request.num_kv_heads,
-            prefix=f"{self.prefix}.impl" if self.prefix else "",
-            **self.extra_impl_args,
-        )
-        return Selected(
-            name=name,
-            impl=impl,
-            keywords=forward_keywords(impl_cls),
-            metadata_cls=backend.get_metadata_cls(),
-            requires_metadata=backend.requires_metadata(),
-            has_preprocess=impl_cls.preprocess_qkv is not AttentionImpl.preprocess_qkv,
-            has_postprocess=impl_cls.postprocess_output is not AttentionImpl.postprocess_output,
-        )
+
+def _select(
+    limits: tuple[tuple[str, ...] | None, str | None, str | None],
+    has_own_arguments: bool,
+    backend: BackendWish | None,
+    scope: str | None,
+    call: dict[str, Any],
+) -> tuple[str, Decision]:
+    """Choose, and return the key of the implementation, which is built if it is new and may be shared, and the decision."""
+    request = AttentionRequest(**call)
+    supported, own, default = limits
+    wish, notes = resolve_wish(backend, own, scope, supported)
+    if wish is None and default is not None:
+        wish = Wish(default, "layer")
+    decision = decide(with_system(request), wish, supported, notes, tuple(registered_backends()))
+    name = decision.require()
+    sizes = (request.num_heads, request.head_size, request.softmax_scale, request.is_causal, request.num_kv_heads)
+    key = f"{name} {sizes} {request.device}"
+    if key not in _shared and not has_own_arguments and load_backend(name).layer_independent:
+        _shared[key] = _build(name, sizes, "", {})
+    return (f"{key} own" if has_own_arguments else key), decision
 
 
 @constant_while_tracing
-def _select(token: int, backend: BackendWish | None, scope: str | None, **call: Any) -> str:
-    return _dispatchers[token].select_now(AttentionRequest(**call), backend, scope)
+def _select_while_tracing(
+    limits: tuple[tuple[str, ...] | None, str | None, str | None],
+    has_own_arguments: bool,
+    backend: BackendWish | None,
+    scope: str | None,
+    **call: Any,
+) -> str:
+    key, decision = _select(limits, has_own_arguments, backend, scope, call)
+    _traced[limits] = (next(_moments), decision)
+    return key
+
+
+@constant_while_tracing
+def _make_own(token: int, key: str, num_heads: int, num_kv_heads: int) -> None:
+    _dispatchers[token].make_own(key, num_heads, num_kv_heads)
+
+
+def _build(name: str, sizes: tuple[int, int, float, bool, int], prefix: str, extra: dict[str, Any]) -> Selected:
+    backend = load_backend(name)
+    impl_cls = backend.get_impl_cls()
+    num_heads, head_size, softmax_scale, causal, num_kv_heads = sizes
+    impl = impl_cls(
+        num_heads=num_heads,
+        head_size=head_size,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        num_kv_heads=num_kv_heads,
+        prefix=prefix,
+        **extra,
+    )
+    return Selected(
+        name=name,
+        impl=impl,
+        keywords=forward_keywords(impl_cls),
+        metadata_cls=backend.get_metadata_cls(),
+        requires_metadata=backend.requires_metadata(),
+        has_preprocess=impl_cls.preprocess_qkv is not AttentionImpl.preprocess_qkv,
+        has_postprocess=impl_cls.postprocess_output is not AttentionImpl.postprocess_output,
+    )
 
 
 def find_metadata(selected: Selected, explicit: AttentionMetadata | None) -> AttentionMetadata | None:

@@ -18,7 +18,7 @@ from fastvideo.attention.validation import (
     check_scale,
     mask_kind,
 )
-from fastvideo.compilation import constant_while_tracing
+from fastvideo.compilation import constant_while_tracing, plain
 
 __all__ = ["attention"]
 
@@ -123,7 +123,7 @@ def attention(
     if out is not None and (out.shape != query.shape or out.dtype != query.dtype or out.device != query.device):
         raise ValueError(f"expected out like query, {tuple(query.shape)} {query.dtype}, got {tuple(out.shape)} {out.dtype}")
     softmax_scale = float(query.shape[3] ** -0.5 if scale is None else scale)
-    dispatcher = _DISPATCHERS[_dispatcher_for(int(query.shape[3]), softmax_scale, is_causal)]
+    dispatcher = _DISPATCHERS[_dispatcher_for(plain(query.shape[3]), plain(softmax_scale), is_causal)]
     call = describe_call(
         query, key, value, attn_mask, kind, softmax_scale, is_causal,
         dropout_p=dropout_p, return_lse=return_lse, out=out,

@@ -51,7 +51,7 @@ def check_scale(scale: float | None) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"expected the softmax scale as a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # rejects NaN too; Dynamo can't trace `isfinite`
         raise ValueError(f"expected a finite softmax scale, got {scale}; None means head_size ** -0.5")
 
 

@@ -36,11 +36,14 @@ class AttentionBackend(ABC):
 
     Attributes:
         accept_output_buffer: The implementation's `forward` takes `out=` and writes there. Inference only.
+        layer_independent: The implementation keeps nothing of its layer, its `prefix` included, so layers of one
+            configuration share one, and equal blocks of a model share a compiled graph.
         exact: The result is dense attention up to rounding, so automatic selection may choose it.
     """
 
     accept_output_buffer: bool = False
     exact: ClassVar[bool] = False
+    layer_independent: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod

@@ -63,6 +63,8 @@ class SlidingTileAttentionBackend(AttentionBackend):
         tensor([1.])
     """
 
+    layer_independent = True
+
     @staticmethod
     def get_name() -> str:
         """Return `"SLIDING_TILE_ATTN"`."""

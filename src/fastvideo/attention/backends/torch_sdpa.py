@@ -53,6 +53,7 @@ class TorchSDPABackend(AttentionBackend):
     """
 
     exact = True
+    layer_independent = True
 
     @staticmethod
     def get_name() -> str:

@@ -53,6 +53,8 @@ class VideoSparseAttentionBackend(AttentionBackend):
         tensor([1.])
     """
 
+    layer_independent = True
+
     @staticmethod
     def get_name() -> str:
         """Return `"VIDEO_SPARSE_ATTN"`."""

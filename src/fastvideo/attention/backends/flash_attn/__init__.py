@@ -43,6 +43,7 @@ class FlashAttentionBackend(AttentionBackend):
     """
 
     exact = True
+    layer_independent = True
 
     @staticmethod
     def get_name() -> str:
