@@ -50,8 +50,8 @@ class TrainConfig:
         dense_interval: After the first level, every so-many-th step runs at the first level, so that the model keeps
             working there; 0 means never.
         precision: Weights and activations; master weights, averages and norms are float32 in any case.
-        compile: What `torch.compile` works on: "blocks" takes what lies between attention layers, in graphs that all
-            blocks and sparsities share; "model" takes everything as one graph, anew for each sparsity.
+        compile: What `torch.compile` works on: "blocks" takes each block whole, in graphs that all blocks share;
+            "model" takes everything as one graph, anew for each sparsity.
         seed: Of weights, clips and noise.
 
     Raises:

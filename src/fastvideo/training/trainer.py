@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
-from fastvideo.attention.layer import DistributedAttention, LocalAttention
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel, with_coordinates
@@ -67,20 +66,14 @@ class RunOptions:
 
 
 def compile_blocks(transformer: WanTransformer3DModel, backend: str = "inductor") -> None:
-    """Compile what lies between the attention layers of each block.
-
-    The attention layers run as they are written, so that all blocks share a few small graphs and no change of sparsity
-    compiles anything.
+    """Compile each block whole; equal blocks share one graph for each sparsity.
 
     Args:
         transformer: Changed in place.
         backend: Compiler of the graphs, as `torch.compile` takes it.
     """
-    for module in transformer.modules():
-        if isinstance(module, (LocalAttention, DistributedAttention)):
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
     for block in transformer.blocks:
-        block.compile(backend=backend, dynamic=False)
+        block.compile(fullgraph=True, backend=backend)
 
 
 class Trainer:
