@@ -25,7 +25,13 @@ FLOORS = (
     ("fastvideo.video", "fastvideo.distributed"),
     ("fastvideo.attention.request",),
     ("fastvideo.attention.backends.abstract",),
-    ("fastvideo.forward_context", "fastvideo.platforms", "fastvideo.settings", "fastvideo.compilation"),
+    (
+        "fastvideo.forward_context",
+        "fastvideo.platforms",
+        "fastvideo.settings",
+        "fastvideo.compilation",
+        "fastvideo.tensor_cache",
+    ),
 )
 ANYWHERE = ("fastvideo", "fastvideo.testing")
 

@@ -19,7 +19,7 @@ class Settings:
     """
 
     attention_backend: str | None = None
-    local_rank: int | None = None
+    local_rank: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -31,8 +31,7 @@ class Settings:
         """
         variables = os.environ if environment is None else environment
         backend = variables.get("FASTVIDEO_ATTENTION_BACKEND", "").strip()
-        rank = variables.get("LOCAL_RANK")
         return cls(
             attention_backend=None if backend.lower() in ("", "auto") else backend,
-            local_rank=None if rank is None else int(rank),
+            local_rank=variables.get("LOCAL_RANK") or None,
         )

@@ -283,3 +283,30 @@ def test_output_buffer_that_does_not_fit() -> None:
     q, k, v = qkv()
     with pytest.raises(ValueError, match="out like query"):
         attention(q, k, v, out=torch.empty(2, 64, 4, 16))
+
+
+def test_metadata_of_a_sparse_backend_handed_to_a_dense_one() -> None:
+    q, k, v = qkv()
+    for call in (
+        lambda: attention(q, k, v, attn_metadata=build()),
+        lambda: LocalAttention(4, 16, backend="TORCH_SDPA")(q, k, v, attn_metadata=build()),
+    ):
+        with pytest.raises(TypeError, match="TORCH_SDPA takes attn_metadata of class AttentionMetadata, got Video"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda q: attention(q, q, q, out=3), "out as a tensor"),
+        (lambda q: attention(q, q, q, dropout_p="0.1"), "dropout_p as a float"),
+        (lambda q: attention(q, q, q, is_causal=torch.tensor(True)), "causal flag as a bool"),
+        (lambda q: LocalAttention(4, 16, causal="False"), "causal flag as a bool"),
+        (lambda q: LocalAttention(4, 16, supported_attention_backends="TORCH_SDPA"), "as a tuple"),
+        (lambda q: LocalAttention(4, 16)(q, q, q, freqs_cis=(1, 2)), "pair of tensors"),
+        (lambda q: DistributedAttention_VSA(4, 16)(q, q, q, gate_compress=1.0, attn_metadata=build()), "gate_compress as a"),
+    ],
+)
+def test_values_of_a_wrong_type(call, text) -> None:
+    with pytest.raises(TypeError, match=text):
+        call(qkv()[0])

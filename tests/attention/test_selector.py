@@ -180,7 +180,7 @@ def test_register_refuses_taken_names_and_other_things() -> None:
 def test_a_broken_registration_is_a_reason_and_no_crash(qkv) -> None:
     register_attn_backend("BROKEN", "no_such_module:Backend")
     attention(*qkv)
-    with pytest.raises(BackendUnavailable, match="can't be loaded: No module named 'no_such_module'"):
+    with pytest.raises(BackendUnavailable, match="can't be loaded: ModuleNotFoundError: No module named 'no_such_module'"):
         attention(*qkv, backend="BROKEN")
 
 
@@ -252,3 +252,104 @@ def test_explain_refuses_nonsense(arguments) -> None:
 def test_explain_refuses_an_unknown_dtype() -> None:
     with pytest.raises(TypeError, match="float33"):
         explain(**WAN, dtype="float33")
+
+
+def test_a_class_means_itself_and_not_the_name_it_inherits(qkv) -> None:
+    from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
+
+    class ZeroImpl(SpecImpl):
+        def forward(self, query, key, value, attn_metadata):
+            return torch.zeros_like(query) + len(self.prefix)
+
+    class ZeroBackend(TorchSDPABackend):
+        @staticmethod
+        def get_impl_cls():
+            return ZeroImpl
+
+    with pytest.raises(UnknownBackend, match="is not registered"):
+        attention(*qkv, backend=ZeroBackend)
+    register_attn_backend("ZERO", ZeroBackend)
+    assert attention(*qkv, backend=ZeroBackend).abs().max() == 0
+    # What the class inherits doesn't make its implementations shared: each layer keeps its own, with its prefix.
+    layers = [LocalAttention(4, 16, backend=ZeroBackend, prefix=prefix) for prefix in ("a", "abc")]
+    assert [float(layer(*qkv).max()) for layer in layers] == [len("a.impl"), len("abc.impl")]
+
+
+@pytest.mark.parametrize("name", ["MY OWN", "auto", " ", "", 3])
+def test_names_are_names(name) -> None:
+    with pytest.raises(ValueError, match="letters, digits and underscores"):
+        register_attn_backend(name, SpecBackend)
+
+
+def test_a_plug_in_that_raises_anything_stops_nobody_else(qkv, tmp_path, monkeypatch) -> None:
+    (tmp_path / "raises_at_import.py").write_text("raise OSError('libmissing.so: cannot open')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    register_attn_backend("RAISES", "raises_at_import:Backend")
+    attention(*qkv, scale=0.321)
+    with pytest.raises(BackendUnavailable, match="can't be loaded: OSError: libmissing"):
+        attention(*qkv, backend="RAISES")
+
+
+def test_one_version_means_one_distribution() -> None:
+    machine = describe_system("H200, torch only, flash-attn==2.8.3")
+    assert machine.packages == (("flash-attn", "2.8.3"),)
+    assert explain(**WAN, system=machine).chosen == "TORCH_SDPA"
+
+
+def test_an_exact_backend_with_metadata_is_chosen_when_its_metadata_is_set(qkv) -> None:
+    from dataclasses import dataclass
+
+    from fastvideo.forward_context import set_forward_context
+
+    @dataclass
+    class Step(AttentionMetadata):
+        pass
+
+    class StepBackend(SpecBackend):
+        exact = True
+
+        @staticmethod
+        def get_metadata_cls():
+            return Step
+
+    register_attn_backend("STEP", StepBackend)
+    layer = LocalAttention(4, 16, supported_attention_backends=("STEP",))
+    with pytest.raises(BackendUnavailable, match="needs metadata of class Step"):
+        layer(*qkv)
+    with set_forward_context(0, Step(0)):
+        torch.testing.assert_close(layer(*qkv), attention(*qkv, backend="TORCH_SDPA"))
+
+
+def test_hooks_that_reorder_tokens_reach_every_result(qkv) -> None:
+    class ReversedImpl(AttentionImpl):
+        def preprocess_qkv(self, qkv, attn_metadata):
+            return qkv.flip(1)
+
+        def postprocess_output(self, output, attn_metadata):
+            return output.flip(1)
+
+        def forward(self, query, key, value, attn_metadata, *, attn_mask=None, return_lse=False, out=None):
+            scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * self.softmax_scale
+            result = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+            result = result if out is None else out.copy_(result)
+            return (result, scores.logsumexp(-1).transpose(1, 2)) if return_lse else result
+
+    class ReversedBackend(SpecBackend):
+        accept_output_buffer = True
+
+        @staticmethod
+        def get_impl_cls():
+            return ReversedImpl
+
+    register_attn_backend("REVERSED", ReversedBackend)
+    expected, expected_lse = attention(*qkv, return_lse=True, backend="TORCH_SDPA")
+    found, lse = attention(*qkv, return_lse=True, backend="REVERSED")
+    torch.testing.assert_close((found, lse), (expected, expected_lse))
+    buffer = torch.empty_like(qkv[0])
+    returned = LocalAttention(4, 16, backend="REVERSED")(*qkv, out=buffer)
+    assert returned.data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(buffer, expected)
+    with pytest.raises(BackendUnavailable, match="a mask stays in their order"):
+        attention(*qkv, backend="REVERSED", attn_mask=torch.ones(2, 24, dtype=torch.bool))
+    with pytest.raises(BackendUnavailable, match="when a gradient is needed"):
+        attention(qkv[0].requires_grad_(), *qkv[1:], backend="REVERSED", out=buffer)

@@ -97,6 +97,11 @@ def test_named_backends(tiny_model: Path, tmp_path: Path, capsys) -> None:
         (["--sparsity", "1"], "sparsity"),
         (["--steps", "0"], "num_steps"),
         (["--model", "no/such/folder"], "is missing"),
+        (["--out", "video.png"], "end in .mp4"),
+        (["--scale", "0"], "--scale of at least 1"),
+        (["--seed", str(2**63)], "--seed in"),
+        (["--guidance", "nan"], "finite --guidance"),
+        (["--out", "/dev/null/video.mp4"], "/dev/null"),
     ],
 )
 def test_refusals(tiny_model: Path, tmp_path: Path, capsys, arguments, text) -> None:

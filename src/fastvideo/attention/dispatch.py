@@ -21,11 +21,10 @@ from fastvideo.attention.selector import BackendWish, Decision, Wish, decide, re
 from fastvideo.compilation import constant_while_tracing, plain
 from fastvideo.forward_context import MetadataInContext, thread_state
 
-__all__ = ["Dispatcher", "Selected", "find_metadata"]
+__all__ = ["Dispatcher", "Selected", "check_sequence", "find_metadata"]
 
 _dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
-_moments = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Selected:
 _shared: dict[str, Selected] = {}
 """Implementations that keep nothing of their layer, by what they were built for."""
 
-_traced: dict[tuple[Any, ...], tuple[int, Decision]] = {}
-"""The last decision made while compiling, by the wishes and limits of the layers it holds for, with its moment."""
+_traced: dict[str, Decision] = {}
+"""The last decision made while compiling, by the configuration of the layers it holds for."""
 
 
 class Dispatcher:
@@ -67,6 +66,8 @@ class Dispatcher:
         head_size: Size of a head.
         softmax_scale: Factor of the scores.
         causal: Each query sees only keys up to its own position.
+        num_heads: Query heads of all devices, where they are known.
+        num_kv_heads: Key heads of all devices, where they are known.
         prefix: The layer's name in its model.
         supported: Backends that may run; `None` means every one.
         backend: The layer's own wish.
@@ -80,6 +81,8 @@ class Dispatcher:
         head_size: int,
         softmax_scale: float,
         causal: bool,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
         prefix: str = "",
         supported: tuple[BackendWish, ...] | None = None,
         backend: BackendWish | None = None,
@@ -94,12 +97,14 @@ class Dispatcher:
         own = None if is_auto or backend is None else backend_name(backend)
         self.limits = (supported_names(supported), own, default_backend)
         self.extra_impl_args = extra_impl_args or {}
+        # A string, because Dynamo would make floats symbolic once they differ between layers.
+        self.configuration = repr((num_heads, num_kv_heads, head_size, softmax_scale, causal, self.limits))
         self._start_empty()
 
     def _start_empty(self) -> None:
         self.token = next(_tokens)
         self.own: dict[str, Selected] = {}
-        self.last: tuple[int, Decision] | None = None
+        self.last: Decision | None = None
         _dispatchers[self.token] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,11 +122,12 @@ class Dispatcher:
 
     @property
     def decision(self) -> Decision | None:
-        """The last decision: the layer's own of an eager call, or one made while compiling for layers like it."""
-        made = [moment for moment in (self.last, _traced.get(self.limits)) if moment is not None]
-        return max(made, key=lambda moment: moment[0])[1] if made else None
+        """The decision of the last eager call; before any, the last one made while compiling layers like this."""
+        return _traced.get(self.configuration) if self.last is None else self.last
 
-    def select(self, call: dict[str, Any], backend: BackendWish | None = None) -> Selected:
+    def select(
+        self, call: dict[str, Any], backend: BackendWish | None = None, metadata: AttentionMetadata | None = None
+    ) -> Selected:
         """Return what runs a call.
 
         Traced code reads nothing that differs between layers of one configuration, unless the backend's implementations
@@ -130,18 +136,22 @@ class Dispatcher:
         Args:
             call: The fields of its `AttentionRequest`.
             backend: A backend asked for by this call.
+            metadata: The metadata handed over; `None` means that the context's counts.
 
         Raises:
             BackendUnavailable: Nothing that may run it can, or the backend asked for can't.
         """
         has_own_arguments = len(self.extra_impl_args) > 0
         scope = thread_state.backend_wish
+        at_hand = thread_state.attn_metadata if metadata is None else metadata
+        if isinstance(at_hand, AttentionMetadata):
+            call = {**call, "metadata_cls": type(at_hand)}
         if torch.compiler.is_compiling():
             call = {name: plain(value) for name, value in call.items()}
-            key = _select_while_tracing(self.limits, has_own_arguments, backend, scope, **call)
+            key = _select_while_tracing(self.configuration, self.limits, has_own_arguments, backend, scope, **call)
         else:
             key, decision = _select(self.limits, has_own_arguments, backend, scope, call)
-            self.last = (next(_moments), decision)
+            self.last = decision
         if key in _shared:
             return _shared[key]
         _make_own(self.token, key, call["num_heads"], call["num_kv_heads"])
@@ -172,13 +182,14 @@ def _select(
     name = decision.require()
     sizes = (request.num_heads, request.head_size, request.softmax_scale, request.is_causal, request.num_kv_heads)
     key = f"{name} {sizes} {request.device}"
-    if key not in _shared and not has_own_arguments and load_backend(name).layer_independent:
+    if key not in _shared and not has_own_arguments and vars(load_backend(name)).get("layer_independent", False):
         _shared[key] = _build(name, sizes, "", {})
     return (f"{key} own" if has_own_arguments else key), decision
 
 
 @constant_while_tracing
 def _select_while_tracing(
+    configuration: str,
     limits: tuple[tuple[str, ...] | None, str | None, str | None],
     has_own_arguments: bool,
     backend: BackendWish | None,
@@ -186,7 +197,7 @@ def _select_while_tracing(
     **call: Any,
 ) -> str:
     key, decision = _select(limits, has_own_arguments, backend, scope, call)
-    _traced[limits] = (next(_moments), decision)
+    _traced[configuration] = decision
     return key
 
 
@@ -228,9 +239,11 @@ def find_metadata(selected: Selected, explicit: AttentionMetadata | None) -> Att
     """
     wanted = selected.metadata_cls
     if explicit is not None:
-        if not isinstance(explicit, wanted):
+        takes_any = wanted is not AttentionMetadata or type(explicit) is AttentionMetadata
+        if not (isinstance(explicit, wanted) and takes_any):
             raise TypeError(
-                f"backend {selected.name} takes attn_metadata of class {wanted.__name__}, got {type(explicit).__name__}"
+                f"backend {selected.name} takes attn_metadata of class {wanted.__name__}, got {type(explicit).__name__}; "
+                "hand over what the backend's builder makes, or set metadata of other backends with set_forward_context"
             )
         return explicit
     found = match_metadata(thread_state.attn_metadata, wanted)
@@ -242,6 +255,16 @@ def find_metadata(selected: Selected, explicit: AttentionMetadata | None) -> Att
             "`with set_forward_context(current_timestep=..., attn_metadata=...):`"
         )
     return found
+
+
+def check_sequence(selected: Selected, metadata: AttentionMetadata | None, num_tokens: int) -> None:
+    """Let a backend's metadata refuse a sequence of `num_tokens` tokens on all devices, before anything is exchanged.
+
+    Raises:
+        ValueError: The metadata describes another sequence.
+    """
+    if metadata is not None and selected.requires_metadata:
+        metadata.check_sequence(num_tokens)
 
 
 def match_metadata(present: MetadataInContext, wanted: type[AttentionMetadata]) -> AttentionMetadata | None:

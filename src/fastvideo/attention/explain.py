@@ -127,6 +127,9 @@ def explain(
     check_sizes(heads, kv_heads, head_size)
     check_scale(scale)
     check_dropout(dropout_p)
+    for name, size in (("seq", seq), ("kv_seq", kv_seq), ("batch", batch)):
+        if not isinstance(size, int):
+            raise TypeError(f"expected an integer {name}, got {size!r}")
     if min(seq, kv_seq, batch) < 1:
         raise ValueError(f"expected seq, kv_seq and batch >= 1, got {seq}, {kv_seq} and {batch}")
     if mask is not None and mask not in MASK_KINDS:
@@ -145,7 +148,10 @@ def explain(
 
 def _machine(system: System | str | None, device: str | None) -> System:
     if system is None:
-        return current_platform(None if device is None else torch.device(device).type)
+        kind = None if device is None else torch.device(device).type
+        if kind not in (None, "cpu", "cuda") and not torch.get_device_module(kind).is_available():
+            raise ValueError(f"torch sees no device of type {kind!r} here; describe a machine, as in system='H200'")
+        return current_platform(kind)
     machine = describe_system(system) if isinstance(system, str) else system
     if device is not None and torch.device(device).type != machine.device_type:
         raise ValueError(f"expected a device of type {machine.device_type!r} for {machine.device_name}, got {device!r}")

@@ -8,12 +8,14 @@ from typing import Any, Literal, overload
 import torch
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
-from fastvideo.attention.dispatch import Dispatcher, Selected, find_metadata
+from fastvideo.attention.dispatch import Dispatcher, Selected, check_sequence, find_metadata
 from fastvideo.attention.selector import BackendWish
 from fastvideo.attention.validation import (
     autocast,
+    check_causal,
     check_causal_lengths,
     check_dropout,
+    check_output_buffer,
     check_qkv,
     check_scale,
     mask_kind,
@@ -112,6 +114,7 @@ def attention(
     check_qkv(query, key, value)
     check_scale(scale)
     check_dropout(dropout_p)
+    check_causal(is_causal)
     if query.shape[2] != key.shape[2] and not enable_gqa:
         raise ValueError(
             f"expected as many key heads as query heads, got {key.shape[2]} and {query.shape[2]}; "
@@ -120,16 +123,16 @@ def attention(
     if is_causal:
         check_causal_lengths(query.shape[1], key.shape[1])
     kind = mask_kind(attn_mask, tuple(query.shape), key.shape[1], query)
-    if out is not None and (out.shape != query.shape or out.dtype != query.dtype or out.device != query.device):
-        raise ValueError(f"expected out like query, {tuple(query.shape)} {query.dtype}, got {tuple(out.shape)} {out.dtype}")
+    check_output_buffer(out, query)
     softmax_scale = float(query.shape[3] ** -0.5 if scale is None else scale)
     dispatcher = _DISPATCHERS[_dispatcher_for(plain(query.shape[3]), plain(softmax_scale), is_causal)]
     call = describe_call(
         query, key, value, attn_mask, kind, softmax_scale, is_causal,
         dropout_p=dropout_p, return_lse=return_lse, out=out,
     )  # fmt: skip
-    selected = dispatcher.select(call, backend)
+    selected = dispatcher.select(call, backend, attn_metadata)
     metadata = find_metadata(selected, attn_metadata)
+    check_sequence(selected, metadata, query.shape[1])
     extras = forward_extras(attn_mask=attn_mask, dropout_p=dropout_p or None, return_lse=return_lse or None, out=out)
     result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = run_impl(selected, (query, key, value), metadata, extras)
     return result
@@ -212,12 +215,17 @@ def run_impl(
     if gate:
         extras = {**extras, "gate_compress": gate[0]}
     if replicated is None:
-        result = impl.forward(query, key, value, metadata, **extras)
         if not selected.has_postprocess:
-            return result
-        if isinstance(result, tuple):
-            return impl.postprocess_output(result[0], metadata), *result[1:]
-        return impl.postprocess_output(result, metadata)
+            return impl.forward(query, key, value, metadata, **extras)
+        # The buffer takes tokens in the caller's order, so it is filled after the hook.
+        buffer = extras.pop("out", None)
+        result = impl.forward(query, key, value, metadata, **extras)
+        output, *lse = result if isinstance(result, tuple) else (result,)
+        output = impl.postprocess_output(output, metadata)
+        output = output if buffer is None else buffer.copy_(output)
+        if not lse:
+            return output
+        return output, impl.postprocess_output(lse[0].unsqueeze(-1), metadata).squeeze(-1)
     length = query.shape[1]
     if "num_replicated" in selected.keywords:
         extras = {**extras, "num_replicated": replicated[0].shape[1]}

@@ -13,13 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
-from fastvideo.attention.dispatch import Dispatcher, Selected, find_metadata
+from fastvideo.attention.dispatch import Dispatcher, Selected, check_sequence, find_metadata
 from fastvideo.attention.functional import describe_call, forward_extras, run_impl
 from fastvideo.attention.rope import apply_rope
 from fastvideo.attention.selector import BackendWish, Decision
 from fastvideo.attention.validation import (
     autocast,
+    check_causal,
     check_causal_lengths,
+    check_output_buffer,
     check_qkv,
     check_replicated,
     check_scale,
@@ -57,6 +59,7 @@ class _AttentionLayer(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_sizes(num_heads, num_kv_heads, head_size)
         check_scale(softmax_scale)
+        check_causal(causal)
         self.num_heads = num_heads
         self.head_size = head_size
         self.num_kv_heads = num_kv_heads
@@ -67,6 +70,8 @@ class _AttentionLayer(nn.Module):
             head_size=head_size,
             softmax_scale=self.softmax_scale,
             causal=causal,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             prefix=prefix,
             supported=supported_attention_backends,
             backend=backend,
@@ -156,6 +161,7 @@ class LocalAttention(_AttentionLayer):
         attn_mask: torch.Tensor | None = None,
         freqs_cis: tuple[torch.Tensor, torch.Tensor] | None = None,
         attn_metadata: AttentionMetadata | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from `q` to `k` and `v`.
 
@@ -166,6 +172,7 @@ class LocalAttention(_AttentionLayer):
             attn_mask: Key padding, bool `[B, S_kv]` (True attends), or bool or additive `[B|1, H|1, S_q, S_kv]`.
             freqs_cis: Cosines and sines `[S, D/2]` of a rotary embedding for `q` and `k`.
             attn_metadata: The step's metadata; `None` takes it from the forward context.
+            out: A buffer like `q` for the output, for backends that accept one. Inference only.
 
         Returns:
             `[B, S_q, H, D]`. A query with nothing to attend to gets 0.
@@ -181,12 +188,14 @@ class LocalAttention(_AttentionLayer):
         if self.causal:
             check_causal_lengths(q.shape[1], k.shape[1])
         kind = mask_kind(attn_mask, tuple(q.shape), k.shape[1], q)
-        call = describe_call(q, k, v, attn_mask, kind, self.softmax_scale, self.causal)
-        selected = self._dispatcher.select(call)
+        check_output_buffer(out, q)
+        call = describe_call(q, k, v, attn_mask, kind, self.softmax_scale, self.causal, out=out)
+        selected = self._dispatcher.select(call, metadata=attn_metadata)
         metadata = find_metadata(selected, attn_metadata)
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
-        output: torch.Tensor = run_impl(selected, (q, k, v), metadata, forward_extras(attn_mask=attn_mask))
+        check_sequence(selected, metadata, q.shape[1])
+        output: torch.Tensor = run_impl(selected, (q, k, v), metadata, forward_extras(attn_mask=attn_mask, out=out))
         return output
 
 
@@ -323,6 +332,8 @@ class DistributedAttention(_AttentionLayer):
                 raise NotImplementedError(
                     "causal attention with replicated tokens leaves open which tokens see which; pass a bool attn_mask instead"
                 )
+        if gate is not None and not isinstance(gate, torch.Tensor):
+            raise TypeError(f"expected gate_compress as a tensor like q or None, got {type(gate).__name__}")
         if gate is not None and (gate.shape != q.shape or gate.dtype != q.dtype or gate.device != q.device):
             raise ValueError(f"expected gate_compress like q, {tuple(q.shape)} {q.dtype}, got {tuple(gate.shape)} {gate.dtype}")
         rows = (q.shape[0], q.shape[1] + num_replicated, self.num_heads, self.head_size)
@@ -332,8 +343,9 @@ class DistributedAttention(_AttentionLayer):
             q, k, v, attn_mask, kind, self.softmax_scale, self.causal,
             gate=gate, num_replicated=num_replicated, world_size=group.size,
         )  # fmt: skip
-        selected = self._dispatcher.select(call)
+        selected = self._dispatcher.select(call, metadata=attn_metadata)
         metadata = find_metadata(selected, attn_metadata)
+        check_sequence(selected, metadata, q.shape[1] * group.size)
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
         tensors = (q, k, v) if gate is None else (q, k, v, gate)

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import re
 from dataclasses import dataclass
 
 from fastvideo.attention.backends.abstract import AttentionBackend
@@ -20,6 +21,7 @@ from fastvideo.platforms import AttentionBackendEnum
 __all__ = [
     "ENTRY_POINT_GROUP",
     "BackendEntry",
+    "BackendLoadError",
     "UnknownBackend",
     "backend_name",
     "load_backend",
@@ -30,10 +32,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "fastvideo.attention_backends"
+_NAME = r"[A-Za-z][A-Za-z0-9_]*"
 
 
 class UnknownBackend(ValueError):
     """No backend has the name that was asked for."""
+
+
+class BackendLoadError(ImportError):
+    """A backend's name is known, and its class can't be had."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def register_attn_backend(name: str, backend: str | type[AttentionBackend]) -> N
         backend: The class, or `"module:Class"`, which is imported when the name is first resolved.
 
     Raises:
-        ValueError: The name is taken by another backend.
+        ValueError: The name is taken by another backend, or is no name.
         TypeError: `backend` is neither a backend class nor such a string.
 
     Example:
@@ -89,6 +96,8 @@ def register_attn_backend(name: str, backend: str | type[AttentionBackend]) -> N
         >>> class MyBackend(TorchSDPABackend): ...
         >>> register_attn_backend("MY_BACKEND", MyBackend)
     """
+    if not (isinstance(name, str) and re.fullmatch(_NAME, name) and name.upper() != "AUTO"):
+        raise ValueError(f"expected a name of letters, digits and underscores, and not 'auto', got {name!r}")
     key = name.upper()
     if isinstance(backend, str):
         if backend.count(":") != 1:
@@ -118,17 +127,27 @@ def backend_name(wish: str | AttentionBackendEnum | type[AttentionBackend]) -> s
     elif isinstance(wish, str):
         name = wish
     elif inspect.isclass(wish) and issubclass(wish, AttentionBackend):
-        name = wish.get_name()
+        return _name_of_class(wish)
     else:
         raise TypeError(f"a backend is named by a string, an AttentionBackendEnum or its class, got {wish!r}")
     known = [*registered_backends(), AttentionBackendEnum.NO_ATTENTION.name]
     if name.upper() in known:
         return name.upper()
     close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+    hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(known)}"
     raise UnknownBackend(
-        f"no attention backend is called {name!r}; {hint} Third parties add one with register_attn_backend(...) or the "
+        f"no attention backend is called {name!r}; {hint}. Third parties add one with register_attn_backend(...) or the "
         f"entry-point group {ENTRY_POINT_GROUP!r}."
+    )
+
+
+def _name_of_class(backend: type[AttentionBackend]) -> str:
+    target = f"{backend.__module__}:{backend.__qualname__}"
+    for entry in registered_backends().values():
+        if entry.target is backend or entry.target == target:
+            return entry.name
+    raise UnknownBackend(
+        f"the backend class {target} is not registered; call register_attn_backend({backend.__name__!r}, {backend.__name__})"
     )
 
 
@@ -136,26 +155,28 @@ def load_backend(name: str) -> type[AttentionBackend]:
     """Import and return the class behind a name of the registry.
 
     Raises:
-        ImportError: Its module can't be imported or lacks the class.
-        TypeError: It is no complete subclass of `AttentionBackend`.
+        BackendLoadError: Its module can't be imported or lacks the class, or that is no complete subclass of
+            `AttentionBackend`.
     """
     entry = registered_backends()[name]
     backend = _import_target(entry.target) if isinstance(entry.target, str) else entry.target
     if not (inspect.isclass(backend) and issubclass(backend, AttentionBackend)):
-        raise TypeError(f"backend {name!r} is {backend!r}, which is no subclass of AttentionBackend")
+        raise BackendLoadError(f"backend {name!r} is {backend!r}, which is no subclass of AttentionBackend")
     if missing := sorted(getattr(backend, "__abstractmethods__", ())):
-        raise TypeError(f"backend {name!r} ({backend.__qualname__}) lacks {', '.join(missing)}")
+        raise BackendLoadError(f"backend {name!r} ({backend.__qualname__}) lacks {', '.join(missing)}")
     return backend
 
 
 @functools.cache
 def _import_target(target: str) -> type[AttentionBackend]:
     module_name, _, class_name = target.partition(":")
-    module = importlib.import_module(module_name)
     try:
-        return getattr(module, class_name)  # type: ignore[no-any-return]
-    except AttributeError:
-        raise ImportError(f"module {module_name!r} has no {class_name!r}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a third party's module raises must not stop other backends
+        raise BackendLoadError(f"{type(error).__name__}: {error}") from error
+    if not hasattr(module, class_name):
+        raise BackendLoadError(f"module {module_name!r} has no {class_name!r}")
+    return getattr(module, class_name)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -163,8 +184,8 @@ def _entry_points() -> dict[str, BackendEntry]:
     found = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         key = point.name.upper()
-        if key in _BUILT_INS:
-            logger.warning("entry point %r of group %s would shadow a built-in and is ignored", key, ENTRY_POINT_GROUP)
+        if key in _BUILT_INS or key == "AUTO" or not re.fullmatch(_NAME, key):
+            logger.warning("entry point %r of group %s is no free name and is ignored", key, ENTRY_POINT_GROUP)
             continue
         found[key] = BackendEntry(key, point.value, "entry point")
     return found

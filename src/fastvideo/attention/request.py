@@ -41,7 +41,7 @@ class AttentionRequest:
         has_gate: A gate for the coarse part of sparse attention is handed over.
         has_out: An output buffer is handed over.
         num_replicated: How many of the last tokens are text that every device holds.
-        metadata_cls: Class of the step metadata at hand, or `None`.
+        metadata_cls: Class of the one step metadata at hand; `None` where there is none, or a mapping of several.
         layout: `"local"`, or `"ulysses"` when heads have been exchanged for sequence.
         system: The machine; `None` until selection fills it in.
     """

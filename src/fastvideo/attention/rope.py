@@ -26,8 +26,8 @@ def apply_rope(x: torch.Tensor, freqs_cis: tuple[torch.Tensor, torch.Tensor]) ->
         >>> apply_rope(x, (torch.zeros(1, 1), torch.ones(1, 1))).flatten().tolist()
         [0.0, 1.0]
     """
-    if not (isinstance(freqs_cis, tuple) and len(freqs_cis) == 2):
-        raise TypeError(f"expected freqs_cis as a pair of tensors (cosines, sines), got {type(freqs_cis).__name__}")
+    if not (isinstance(freqs_cis, tuple) and len(freqs_cis) == 2 and all(isinstance(x, torch.Tensor) for x in freqs_cis)):
+        raise TypeError(f"expected freqs_cis as a pair of tensors (cosines, sines), got {freqs_cis!r:.80}")
     expected = (x.shape[1], x.shape[3] // 2)
     for name, table in zip(("cosines", "sines"), freqs_cis, strict=True):
         if tuple(table.shape) != expected or x.shape[3] % 2:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from fastvideo.attention.backends.abstract import AttentionBackend
-from fastvideo.attention.registry import backend_name, load_backend, registered_backends
+from fastvideo.attention.registry import BackendLoadError, backend_name, load_backend, registered_backends
 from fastvideo.attention.request import AttentionRequest
+from fastvideo.attention.validation import check_sizes
 from fastvideo.forward_context import restored, thread_state
 from fastvideo.platforms import AttentionBackendEnum, current_platform
 from fastvideo.settings import Settings
@@ -155,7 +156,7 @@ def choose(
 def _verdict(name: str, request: AttentionRequest, *, automatic: bool) -> Verdict:
     try:
         backend = load_backend(name)
-    except (ImportError, TypeError) as error:
+    except BackendLoadError as error:
         return Verdict(name, (f"can't be loaded: {error}",))
     reasons = backend.rejections(request)
     if automatic and backend.exact and backend.requires_metadata():
@@ -247,6 +248,7 @@ def get_attn_backend(
         >>> get_attn_backend(64, torch.float32).get_name()
         'TORCH_SDPA'
     """
+    check_sizes(1, 1, head_size)
     system = current_platform()
     supported = supported_names(supported_attention_backends)
     request = AttentionRequest(1, 1, head_size, 1, 1, dtype, system.device_type, system=system)
@@ -255,7 +257,13 @@ def get_attn_backend(
 
 
 def supported_names(supported: tuple[BackendWish, ...] | None) -> tuple[str, ...] | None:
-    """Return the names of a layer's supported backends; `None` means every backend."""
+    """Return the names of a layer's supported backends; `None` means every backend.
+
+    Raises:
+        TypeError: It is a single name instead of a tuple of names.
+    """
+    if isinstance(supported, str):
+        raise TypeError(f"expected supported_attention_backends as a tuple, got {supported!r}; write ({supported!r},)")
     return None if supported is None else tuple(backend_name(backend) for backend in supported)
 
 

@@ -12,8 +12,10 @@ import torch
 
 __all__ = [
     "autocast",
+    "check_causal",
     "check_causal_lengths",
     "check_dropout",
+    "check_output_buffer",
     "check_qkv",
     "check_replicated",
     "check_scale",
@@ -135,10 +137,38 @@ def check_dropout(dropout_p: float) -> None:
     """Check a dropout probability.
 
     Raises:
+        TypeError: It is not a number.
         ValueError: It is outside [0, 1).
     """
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"expected dropout_p as a float, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:  # rejects NaN too
         raise ValueError(f"expected dropout_p in [0, 1), got {dropout_p}")
+
+
+def check_causal(causal: bool) -> None:
+    """Check a causal flag.
+
+    Raises:
+        TypeError: It is no bool.
+    """
+    if not isinstance(causal, bool):
+        raise TypeError(f"expected the causal flag as a bool, got {causal!r}")
+
+
+def check_output_buffer(out: torch.Tensor | None, query: torch.Tensor) -> None:
+    """Check a buffer for the output.
+
+    Raises:
+        TypeError: It is no tensor.
+        ValueError: It is not like query.
+    """
+    if out is None:
+        return
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"expected out as a tensor or None, got {type(out).__name__}")
+    if out.shape != query.shape or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(f"expected out like query, {tuple(query.shape)} {query.dtype}, got {tuple(out.shape)} {out.dtype}")
 
 
 def check_causal_lengths(query_len: int, key_len: int) -> None:

@@ -13,7 +13,6 @@ Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from fastvideo.block_sparse.attention import as_autocast, block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
+from fastvideo.tensor_cache import cache_tensors
 from fastvideo.video import TileGrid, tile_mean, tile_sum
 from fastvideo.video.choose_tile import resolve_tile
 
@@ -69,7 +69,7 @@ def _video_geometry(grid: TileGrid, device: torch.device) -> VideoGeometry:
     return VideoGeometry(grid, 0, video, video, None, tensors.tile_of_token)
 
 
-_cached_video_geometry = functools.lru_cache(maxsize=16)(_video_geometry)
+_cached_video_geometry = cache_tensors(_video_geometry)
 
 
 def with_replicated(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
@@ -103,7 +103,7 @@ def _append_text(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
     return VideoGeometry(grid, num_replicated, video, keys, text, geometry.tile_of_token)
 
 
-_cached_append_text = functools.lru_cache(maxsize=16)(_append_text)
+_cached_append_text = cache_tensors(_append_text)
 
 
 def video_sparse_attention(

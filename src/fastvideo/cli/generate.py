@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.words:
         print(describe_vocabulary())
         return 0
-    parse_prompt(args.prompt)  # refused before the model is loaded
+    _check(args)
     with _ranks(args.device) as (rank, device):
         model = SpriteVideoModel.load(args.model or bundled_model(), device=device)
         changes = {"sparsity": args.sparsity, "num_steps": args.steps, "guidance_scale": args.guidance}
@@ -58,6 +59,27 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0:
             _report(clips, settings, args)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would fail only after the video is made.
+
+    Raises:
+        ValueError: An option is out of range, or the prompt is outside the grammar.
+        OSError: The folder of the output can't be written.
+    """
+    parse_prompt(args.prompt)
+    if args.out.suffix != ".mp4":
+        raise ValueError(f"expected --out to end in .mp4 (its contact sheet ends in .png), got {args.out}")
+    if args.scale < 1:
+        raise ValueError(f"expected --scale of at least 1, got {args.scale}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"expected --seed in [0, 2^63), got {args.seed}")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"expected a finite --guidance, got {args.guidance}")
+    if args.device is not None and torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch sees no CUDA device here, got --device {args.device}; leave it out to run on the CPU")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def bundled_model() -> Path:
@@ -81,7 +103,6 @@ def _sample(
 def _report(clips: list[tuple[torch.Tensor, float]], settings: SamplingSettings, args: argparse.Namespace) -> None:
     frames = enlarge(torch.cat([to_pixels(clip) for clip, _ in clips], dim=2), args.scale)
     sheet_path = args.out.with_suffix(".png")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(frames, args.out)
     write_png(contact_sheet(frames, num_columns=4 if len(clips) == 1 else 2), sheet_path)
     for (_, seconds), sparsity in zip(reversed(clips), (settings.sparsity, 0.0), strict=False):
@@ -100,7 +121,7 @@ def _ranks(device: str | None) -> Iterator[tuple[int, torch.device]]:
     if local_rank is None:
         yield 0, torch.device(device or kind)
         return
-    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    place = torch.device(kind, int(local_rank)) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)

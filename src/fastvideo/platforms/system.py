@@ -117,7 +117,7 @@ def describe_system(description: str) -> System:
     """Return the machine that a short text describes.
 
     The text is a device name, then, separated by commas, what differs from a machine on which every optional package is
-    installed: `no PACKAGE`, `PACKAGE==VERSION`, or `torch only`.
+    installed: `no PACKAGE`, `PACKAGE==VERSION`, or `torch only`. `no flash-attn` means no generation of it.
 
     Raises:
         ValueError: The device or a package is unknown.
@@ -137,11 +137,11 @@ def describe_system(description: str) -> System:
             packages.clear()
             continue
         without, name, version = _parse_package_change(change, description)
-        for package in _packages_meant(name):
-            if without:
+        if without:
+            for package in _packages_meant(name):
                 packages.pop(package, None)
-            else:
-                packages[package] = version
+        else:
+            packages[name] = version
     return System(platform, device, capability, tuple(packages.items()), described=True)
 
 
@@ -158,5 +158,5 @@ def _parse_package_change(change: str, description: str) -> tuple[bool, str, str
 
 
 def _packages_meant(name: str) -> tuple[str, ...]:
-    """Return the distributions that a name stands for: `flash-attn` names every generation of it."""
+    """Return the distributions that are absent by a name: without `flash-attn` there is no generation of it."""
     return ("flash-attn-4", "flash-attn-3", "fa3-fwd", "flash-attn") if name == "flash-attn" else (name,)

@@ -8,13 +8,14 @@ Shape legend: S tokens, N tiles; T, Y, X video grid.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastvideo.tensor_cache import cache_tensors
 
 # Tensors of this many (grid, tile, device) are kept; a generation uses one or two.
 _NUM_CACHED = 16
@@ -147,4 +148,4 @@ def _tile_tensors(grid: TileGrid, device: torch.device) -> TileTensors:
     return TileTensors(sizes, offsets, order, inverse, tile_of_token.to(device))
 
 
-_cached_tile_tensors = functools.lru_cache(maxsize=_NUM_CACHED)(_tile_tensors)
+_cached_tile_tensors = cache_tensors(_tile_tensors, _NUM_CACHED)

@@ -234,9 +234,9 @@ def test_forward_without_metadata_says_how_to_set_it() -> None:
 def test_sequence_or_heads_that_are_not_those_of_the_metadata() -> None:
     impl = SlidingTileAttentionImpl(4, 8, 0.3, num_kv_heads=2)
     tensors = qkv(121).values()
-    with pytest.raises(ValueError, match=r"\(5, 4, 6\) has 120 tokens, the sequence has 121, 0 of them replicated"):
+    with pytest.raises(ValueError, match=r"\(5, 4, 6\) has 120 tokens, the sequence has 121"):
         impl.forward(*tensors, build())
-    with pytest.raises(ValueError, match="2 of them replicated"):
+    with pytest.raises(ValueError, match="the sequence has 119"):
         impl.forward(*tensors, build(), num_replicated=2)
     with pytest.raises(ValueError, match=r"for 8 heads, this call has 4.*Ulysses"):
         impl.forward(*tensors, build(STA_window=[(1, 1, 1)] * 8), num_replicated=1)

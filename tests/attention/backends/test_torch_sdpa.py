@@ -245,3 +245,28 @@ def test_builder_ignores_only_what_others_know() -> None:
     assert metadata == AttentionMetadata(current_timestep=7)
     with pytest.raises(TypeError, match=r"\['sparsity'\]"):
         builder.build(current_timestep=7, sparsity=0.5)
+
+
+@pytest.mark.parametrize("is_additive", [False, True])
+def test_grouped_heads_with_a_mask_per_head_and_a_single_query(is_additive) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 4, 24, generator=generator), torch.randn(2, 3, 2, 24, generator=generator)
+    keep = torch.tensor([True, False, True, False]).view(1, 4, 1, 1).expand(1, 4, 1, 3)
+    mask = torch.zeros(1, 4, 1, 3).masked_fill(~keep, -torch.inf) if is_additive else keep
+    impl = TorchSDPAImpl(4, 24, 24**-0.5, False, 2)
+    found, lse = impl.forward(query, key, key, None, attn_mask=mask, return_lse=True)
+    expected, expected_lse = reference_attention(query, key, key, attn_mask=mask, return_lse=True)
+    torch.testing.assert_close((found, lse), (expected, expected_lse))
+
+
+def test_log_sum_exp_stays_wide_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (4 * torch.randn(1, 32, 2, 64, generator=generator) for _ in range(2))
+    mask = torch.randn(1, 2, 32, 32, generator=generator).requires_grad_()
+    impl = TorchSDPAImpl(2, 64, 0.125, False, 2)
+    query, key, half_mask = query.bfloat16(), key.bfloat16(), mask.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = impl.forward(query, key, key, None, attn_mask=half_mask, return_lse=True)
+    _, expected = reference_attention(query.double(), key.double(), key.double(), attn_mask=half_mask.double(), return_lse=True)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, expected.float(), rtol=1e-4, atol=1e-3)

@@ -114,9 +114,9 @@ def test_forward_without_metadata_says_how_to_set_it() -> None:
 def test_grid_that_is_not_that_of_the_sequence() -> None:
     impl = VideoSparseAttentionImpl(4, 8, 0.3, num_kv_heads=2)
     query, key, value, _ = qkvg(121)
-    with pytest.raises(ValueError, match=r"\(5, 4, 6\) has 120 tokens, the sequence has 121, 0 of them replicated"):
+    with pytest.raises(ValueError, match=r"\(5, 4, 6\) has 120 tokens, the sequence has 121"):
         impl.forward(query, key, value, build())
-    with pytest.raises(ValueError, match="2 of them replicated"):
+    with pytest.raises(ValueError, match="the sequence has 119"):
         impl.forward(query, key, value, build(), num_replicated=2)
 
 
@@ -213,3 +213,13 @@ def test_compiled_layer_follows_a_change_of_sparsity_and_text() -> None:
             with set_forward_context(0, build(VSA_sparsity=sparsity)):
                 results = [f(query, key, value, *replicated, gate_compress=gate) for f in (compiled, layer)]
             torch.testing.assert_close(*results)
+
+
+def test_metadata_made_while_sampling_serves_training() -> None:
+    settings = {"current_timestep": 0, "patch_size": (1, 1, 1), "VSA_sparsity": 0.5, "device": "cpu"}
+    with torch.inference_mode():
+        metadata = VideoSparseAttentionMetadataBuilder().build(raw_latent_shape=(3, 7, 11), **settings)
+    inputs = [torch.randn(1, 236, 2, 8, requires_grad=True) for _ in range(3)]
+    impl = VideoSparseAttentionImpl(2, 8, 0.3)
+    impl.forward(*inputs, metadata, num_replicated=5).sum().backward()
+    assert all(x.grad.abs().max() > 0 for x in inputs)

@@ -37,7 +37,7 @@ class AttentionBackend(ABC):
     Attributes:
         accept_output_buffer: The implementation's `forward` takes `out=` and writes there. Inference only.
         layer_independent: The implementation keeps nothing of its layer, its `prefix` included, so layers of one
-            configuration share one, and equal blocks of a model share a compiled graph.
+            configuration share one, and equal blocks of a model share a compiled graph. Not inherited: each class says it.
         exact: The result is dense attention up to rounding, so automatic selection may choose it.
     """
 
@@ -87,6 +87,8 @@ class AttentionBackend(ABC):
             for keyword, what in request.requested_keywords().items()
             if keyword not in keywords
         ]
+        if request.mask is not None and cls.get_impl_cls().preprocess_qkv is not AttentionImpl.preprocess_qkv:
+            reasons.append("a mask is not supported: its preprocess_qkv reorders tokens, and a mask stays in their order")
         if request.has_out and not cls.accept_output_buffer:
             reasons.append("an output buffer is not supported (accept_output_buffer is False)")
         if request.has_out and request.needs_grad:
@@ -109,6 +111,12 @@ class AttentionMetadata:
 
     current_timestep: int
 
+    def check_sequence(self, num_tokens: int) -> None:
+        """Raise `ValueError` if this step's sequence doesn't have `num_tokens` tokens, replicated ones not counted.
+
+        The default knows of no sequence.
+        """
+
     def asdict_zerocopy(self, skip_fields: set[str] | None = None) -> dict[str, Any]:
         """Return the fields as a dict that holds the very same objects; `dataclasses.asdict` would copy tensors.
 
@@ -123,7 +131,7 @@ class AttentionMetadata:
             {'current_timestep': 3}
         """
         names = [field.name for field in fields(self)]
-        skipped = skip_fields or set()
+        skipped = set(skip_fields or ())
         if unknown := skipped.difference(names):
             raise ValueError(f"skip_fields names no fields of {type(self).__name__}: {sorted(unknown)}; it has {names}")
         return {name: getattr(self, name) for name in names if name not in skipped}

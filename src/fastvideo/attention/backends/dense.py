@@ -14,7 +14,7 @@ from fastvideo.attention.request import AttentionRequest
 
 __all__ = ["DenseMetadataBuilder", "common_rejections", "with_positive_scale"]
 
-_SETTINGS_OF_OTHERS = frozenset({"raw_latent_shape", "patch_size", "VSA_sparsity", "device"})
+_SETTINGS_OF_OTHERS = frozenset({"raw_latent_shape", "patch_size", "VSA_sparsity", "STA_window", "tile_tyx", "device"})
 """Step settings that pipelines hand to every builder, whichever backend runs."""
 
 

@@ -11,7 +11,6 @@ Shape legend: B batch, S video tokens, R replicated tokens, H heads, D head size
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, with_replicated
+from fastvideo.tensor_cache import cache_tensors
 from fastvideo.video.tiles import TileGrid, as_tyx
 from fastvideo.video.windows import as_window_tyx, largest_part, window_lists
 
@@ -133,6 +133,15 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
     geometry: VideoGeometry
     pattern: BlockPattern
 
+    def check_sequence(self, num_tokens: int) -> None:
+        """Raise `ValueError` if the grid doesn't have `num_tokens` tokens."""
+        expected = self.grid_tyx[0] * self.grid_tyx[1] * self.grid_tyx[2]
+        if expected != num_tokens:
+            raise ValueError(
+                f"the metadata's grid_tyx={self.grid_tyx} has {expected} tokens, the sequence has {num_tokens} beside "
+                "replicated ones; build the metadata with this video's raw_latent_shape and patch_size"
+            )
+
 
 class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAttentionMetadata]):
     """Builds `SlidingTileAttentionMetadata`. Index tensors are built once per grid, tile, windows and device, and shared.
@@ -189,7 +198,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
             )
         t, y, x = (extent // cells for extent, cells in zip(latent, patch, strict=True))
         grid, windows = TileGrid((t, y, x), as_tyx("tile_tyx", tile_tyx)), _as_windows(STA_window)
-        geometry, pattern = _window_pattern(grid, windows, torch.device(device))
+        geometry, pattern = _cached_window_pattern(grid, windows, torch.device(device))
         return SlidingTileAttentionMetadata(current_timestep, grid.grid_tyx, grid.tile_tyx, windows, geometry, pattern)
 
 
@@ -271,12 +280,7 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
                 "patch_size=..., STA_window=..., device=...) and run the model inside "
                 "fastvideo.forward_context.set_forward_context(current_timestep, metadata)"
             )
-        num_tokens = math.prod(metadata.grid_tyx)
-        if num_tokens != query.shape[1] - num_replicated:
-            raise ValueError(
-                f"the metadata's grid_tyx={metadata.grid_tyx} has {num_tokens} tokens, the sequence has {query.shape[1]}, "
-                f"{num_replicated} of them replicated; build the metadata with this video's raw_latent_shape and patch_size"
-            )
+        metadata.check_sequence(query.shape[1] - num_replicated)
         if len(metadata.windows) not in (1, query.shape[2]):
             raise ValueError(
                 f"the metadata has windows for {len(metadata.windows)} heads, this call has {query.shape[2]}; give one window "
@@ -305,8 +309,6 @@ def _as_windows(value: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Window,
     return tuple(as_window_tyx(f"STA_window[{head}]", window) for head, window in enumerate(windows))
 
 
-# Lists of many heads are large: 1,440 tiles that see 486 take 112 MB for 40 heads.
-@functools.lru_cache(maxsize=8)
 def _window_pattern(grid: TileGrid, windows: tuple[Window, ...], device: torch.device) -> tuple[VideoGeometry, BlockPattern]:
     """The geometry of the engine's tiles and which of them see which."""
     t, y, x = map(min, grid.tile_tyx, grid.grid_tyx)
@@ -327,6 +329,10 @@ def _window_pattern(grid: TileGrid, windows: tuple[Window, ...], device: torch.d
         all_counts[0, head] = listed.shape[-1] if counts is None else counts
     layout = geometry.video_tiles
     return geometry, BlockPattern(layout, layout, indices.to(device), all_counts.to(device) if is_ragged else None)
+
+
+# Lists of many heads are large: 1,440 tiles that see 486 take 112 MB for 40 heads.
+_cached_window_pattern = cache_tensors(_window_pattern, maxsize=8)
 
 
 def _with_text(geometry: VideoGeometry, pattern: BlockPattern, num_replicated: int) -> tuple[BlockPattern, BlockPattern]:
@@ -350,4 +356,4 @@ def _with_text(geometry: VideoGeometry, pattern: BlockPattern, num_replicated: i
     return BlockPattern(geometry.video_tiles, keys, indices, counts), BlockPattern(text_queries, keys, text)
 
 
-_cached_with_text = functools.lru_cache(maxsize=8)(_with_text)
+_cached_with_text = cache_tensors(_with_text, maxsize=8)

@@ -181,7 +181,7 @@ class TorchSDPAImpl(AttentionImpl[AttentionMetadata]):
         query, scale = with_positive_scale(query, self.softmax_scale)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         mask, is_causal, is_empty = _resolve_mask(attn_mask, self.causal, query.shape[1], key.shape[1])
-        whole_samples = is_empty is not None and is_empty.shape[2] == 1
+        whole_samples = is_empty is not None and is_empty.shape[1:3] == (1, 1)
         if is_empty is not None and whole_samples:
             v = v.masked_fill(is_empty, 0)
         lse = None
@@ -391,7 +391,8 @@ def _aligned(bias: torch.Tensor) -> torch.Tensor:
 def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float) -> torch.Tensor:
     """Return the masked scores, `[B, H, S_q, S_kv]`, in float32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(dtype) * scale) @ _repeat_heads(k, q.shape[1]).to(dtype).mT
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.to(dtype) * scale) @ _repeat_heads(k, q.shape[1]).to(dtype).mT
     if is_causal:
         is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(is_later, -torch.inf)

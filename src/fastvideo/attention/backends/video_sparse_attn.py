@@ -114,6 +114,15 @@ class VideoSparseAttentionMetadata(AttentionMetadata):
     num_kept_tiles: int
     geometry: VideoGeometry
 
+    def check_sequence(self, num_tokens: int) -> None:
+        """Raise `ValueError` if the grid doesn't have `num_tokens` tokens."""
+        expected = self.grid_tyx[0] * self.grid_tyx[1] * self.grid_tyx[2]
+        if expected != num_tokens:
+            raise ValueError(
+                f"the metadata's grid_tyx={self.grid_tyx} has {expected} tokens, the sequence has {num_tokens} beside "
+                "replicated ones; build the metadata with this video's raw_latent_shape and patch_size"
+            )
+
 
 class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAttentionMetadata]):
     """Builds `VideoSparseAttentionMetadata`. Index tensors are built once per grid, tile and device, and shared.
@@ -246,12 +255,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
                 "patch_size=..., VSA_sparsity=..., device=...) and run the model inside "
                 "fastvideo.forward_context.set_forward_context(current_timestep, metadata)"
             )
-        num_tokens = math.prod(metadata.grid_tyx)
-        if num_tokens != query.shape[1] - num_replicated:
-            raise ValueError(
-                f"the metadata's grid_tyx={metadata.grid_tyx} has {num_tokens} tokens, the sequence has {query.shape[1]}, "
-                f"{num_replicated} of them replicated; build the metadata with this video's raw_latent_shape and patch_size"
-            )
+        metadata.check_sequence(query.shape[1] - num_replicated)
         return video_sparse_attention(
             query,
             key,

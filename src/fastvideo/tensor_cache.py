@@ -1,0 +1,31 @@
+"""A cache for tensors that are built once per geometry and shared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["cache_tensors"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def cache_tensors(build: Callable[P, R], maxsize: int = 16) -> Callable[P, R]:
+    """Return `build` behind an LRU cache, whose tensors serve training too when they are first made in inference mode.
+
+    Example:
+        >>> ones = cache_tensors(torch.ones)
+        >>> with torch.inference_mode():
+        ...     ones(2).is_inference()
+        False
+    """
+
+    def build_for_all(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return build(*args, **kwargs)
+
+    return functools.lru_cache(maxsize=maxsize)(build_for_all)  # type: ignore[return-value]  # it is called alike
