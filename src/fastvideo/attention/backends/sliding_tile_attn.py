@@ -29,6 +29,7 @@ from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, with_replicated
 from fastvideo.tensor_cache import cache_tensors
+from fastvideo.video.grid import check_num_tokens, token_grid
 from fastvideo.video.tiles import TileGrid, as_tyx
 from fastvideo.video.windows import as_window_tyx, largest_part, window_lists
 
@@ -135,12 +136,7 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
 
     def check_sequence(self, num_tokens: int) -> None:
         """Raise `ValueError` if the grid doesn't have `num_tokens` tokens."""
-        expected = self.grid_tyx[0] * self.grid_tyx[1] * self.grid_tyx[2]
-        if expected != num_tokens:
-            raise ValueError(
-                f"the metadata's grid_tyx={self.grid_tyx} has {expected} tokens, the sequence has {num_tokens} beside "
-                "replicated ones; build the metadata with this video's raw_latent_shape and patch_size"
-            )
+        check_num_tokens(self.grid_tyx, num_tokens)
 
 
 class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAttentionMetadata]):
@@ -191,13 +187,8 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
                 f"build() knows no argument {sorted(settings)}; it takes current_timestep, raw_latent_shape, patch_size, "
                 "STA_window, device, tile_tyx and VSA_sparsity"
             )
-        latent, patch = as_tyx("raw_latent_shape", raw_latent_shape), as_tyx("patch_size", patch_size)
-        if any(extent % cells for extent, cells in zip(latent, patch, strict=True)):
-            raise ValueError(
-                f"expected patch_size to divide raw_latent_shape, got raw_latent_shape={latent}, patch_size={patch}"
-            )
-        t, y, x = (extent // cells for extent, cells in zip(latent, patch, strict=True))
-        grid, windows = TileGrid((t, y, x), as_tyx("tile_tyx", tile_tyx)), _as_windows(STA_window)
+        grid_tyx = token_grid(raw_latent_shape, patch_size)
+        grid, windows = TileGrid(grid_tyx, as_tyx("tile_tyx", tile_tyx)), _as_windows(STA_window)
         geometry, pattern = _cached_window_pattern(grid, windows, torch.device(device))
         return SlidingTileAttentionMetadata(current_timestep, grid.grid_tyx, grid.tile_tyx, windows, geometry, pattern)
 

@@ -27,7 +27,8 @@ from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.selection import num_kept_tiles
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
 from fastvideo.video.choose_tile import resolve_tile
-from fastvideo.video.tiles import TileGrid, as_tyx
+from fastvideo.video.grid import check_num_tokens, token_grid
+from fastvideo.video.tiles import TileGrid
 
 __all__ = [
     "VideoSparseAttentionBackend",
@@ -116,12 +117,7 @@ class VideoSparseAttentionMetadata(AttentionMetadata):
 
     def check_sequence(self, num_tokens: int) -> None:
         """Raise `ValueError` if the grid doesn't have `num_tokens` tokens."""
-        expected = self.grid_tyx[0] * self.grid_tyx[1] * self.grid_tyx[2]
-        if expected != num_tokens:
-            raise ValueError(
-                f"the metadata's grid_tyx={self.grid_tyx} has {expected} tokens, the sequence has {num_tokens} beside "
-                "replicated ones; build the metadata with this video's raw_latent_shape and patch_size"
-            )
+        check_num_tokens(self.grid_tyx, num_tokens)
 
 
 class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAttentionMetadata]):
@@ -169,13 +165,8 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
                 f"build() knows no argument {sorted(settings)}; it takes current_timestep, raw_latent_shape, patch_size, "
                 "VSA_sparsity, device and tile_tyx"
             )
-        latent, patch = as_tyx("raw_latent_shape", raw_latent_shape), as_tyx("patch_size", patch_size)
-        if any(extent % cells for extent, cells in zip(latent, patch, strict=True)):
-            raise ValueError(
-                f"expected patch_size to divide raw_latent_shape, got raw_latent_shape={latent}, patch_size={patch}"
-            )
-        t, y, x = (extent // cells for extent, cells in zip(latent, patch, strict=True))
-        grid = TileGrid((t, y, x), resolve_tile(tile_tyx, (t, y, x)))
+        grid_tyx = token_grid(raw_latent_shape, patch_size)
+        grid = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx))
         return VideoSparseAttentionMetadata(
             current_timestep=current_timestep,
             grid_tyx=grid.grid_tyx,
