@@ -1,4 +1,4 @@
-"""Two and four gloo ranks equal one rank, outputs and all gradients; the cases stand in ulysses_cases.py."""
+"""Two and four ranks equal one rank, outputs and all gradients, on gloo and NCCL; the cases stand in ulysses_cases.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).with_name("ulysses_cases.py")
 NAMES = [line.split('Case("')[1].split('"')[0] for line in SCRIPT.read_text().splitlines() if line.startswith('    Case("')]
-SIZES = (2, 4)
+RANKS = [
+    *(pytest.param((size, "cpu"), id=f"{size} on gloo") for size in (2, 4)),
+    *(
+        pytest.param(
+            (size, "cuda"),
+            id=f"{size} on NCCL",
+            marks=[
+                pytest.mark.multi_gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < size, reason=f"needs {size} CUDA devices"),
+            ],
+        )
+        for size in (2, 4)
+    ),
+]
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=RANKS)
 def reports(request, tmp_path_factory) -> list[dict[str, str]]:
-    size, folder = request.param, tmp_path_factory.mktemp(f"ranks{request.param}")
-    ranks = [subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(size), str(folder)]) for rank in range(size)]
+    (size, device), folder = request.param, tmp_path_factory.mktemp("ranks")
+    arguments = [str(size), str(folder), device]
+    ranks = [subprocess.Popen([sys.executable, str(SCRIPT), str(rank), *arguments]) for rank in range(size)]
     try:
         codes = [rank.wait(timeout=300) for rank in ranks]
     finally:

@@ -26,6 +26,7 @@ from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionM
 from fastvideo.distributed import gather_sequence, sequence_parallel, sequence_parallel_world, shard_sequence
 from fastvideo.forward_context import set_forward_context
 
+DEVICE = sys.argv[4] if len(sys.argv) > 4 else "cpu"
 GRID = (5, 4, 8)  # 160 tokens in ragged tiles of 4 × 4 × 4, 20 of them
 TOKENS = 160
 
@@ -82,7 +83,7 @@ CASES = (
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
 def draw_inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ def draw_mask(case: Case) -> torch.Tensor | None:
     if not case.mask:
         return None
     if case.mask == "key_padding":
-        return torch.arange(keys) < torch.tensor([[keys], [keys // 2]])
+        return (torch.arange(keys) < torch.tensor([[keys], [keys // 2]])).to(DEVICE)
     heads = case.num_heads if case.mask.endswith("heads") else 1
     mask = draw(2, heads, TOKENS + case.replicated, keys, seed=7)
     return mask > 0 if case.mask.startswith("bool") else mask
@@ -165,7 +166,7 @@ def check(case: Case, mesh) -> None:
     angles = draw(TOKENS, 8, seed=10)
     freqs = (angles.cos(), angles.sin())
     metadata = VideoSparseAttentionMetadataBuilder().build(
-        current_timestep=0, raw_latent_shape=GRID, patch_size=(1, 1, 1), VSA_sparsity=0.6, device="cpu"
+        current_timestep=0, raw_latent_shape=GRID, patch_size=(1, 1, 1), VSA_sparsity=0.6, device=DEVICE
     )
     with set_forward_context(0, metadata):
         with sequence_parallel(None):
@@ -219,16 +220,22 @@ def check_refusals() -> None:
     expect(ValueError, "1, 3 devices would fit", DistributedAttention(3, 16), q, q, q)
     expect(ValueError, "multiple of", shard_sequence, draw(1, 2 * size + 1, 1, seed=0), 1)
     layer, q = DistributedAttention(4, 16), draw(1, 8, 4, 16, seed=0)
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=DEVICE)
     expect(ValueError, f"8, {8 * size}]", layer, q, q, q, attn_mask=mask)
 
 
-def main(rank: str, size: str, folder: str) -> None:
+def main(rank: str, size: str, folder: str, device: str = "cpu") -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(int(rank))
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size), timeout=timedelta(seconds=120)
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=int(rank),
+        world_size=int(size),
+        timeout=timedelta(seconds=120),
     )
-    mesh = init_device_mesh("cpu", (1, int(size)), mesh_dim_names=("ring", "ulysses"))
+    mesh = init_device_mesh(device, (1, int(size)), mesh_dim_names=("ring", "ulysses"))
     checks = {case.name: (check, case, mesh) for case in CASES}
     checks |= {"shards": (check_shards,), "refusals": (check_refusals,)}
     report = {}
