@@ -81,7 +81,7 @@ class _AttentionLayer(nn.Module):
 
     @property
     def decision(self) -> Decision | None:
-        """How the backend was chosen, last time it was: at every eager call, and whenever a call is compiled."""
+        """How the last eager call's backend was chosen; before any, how it was while compiling layers like this; or `None`."""
         return self._dispatcher.decision
 
     def extra_repr(self) -> str:
