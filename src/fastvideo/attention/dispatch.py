@@ -17,9 +17,10 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionImpl, AttentionMetadata, forward_keywords
 from fastvideo.attention.registry import backend_name, load_backend, registered_backends
 from fastvideo.attention.request import AttentionRequest
-from fastvideo.attention.selector import BackendWish, Decision, Wish, decide, resolve_wish, supported_names, with_system
+from fastvideo.attention.selector import BackendWish, Decision, Wish, decide, resolve_wish, supported_names
 from fastvideo.compilation import constant_while_tracing, plain
 from fastvideo.forward_context import MetadataInContext, thread_state
+from fastvideo.platforms import current_platform
 
 __all__ = ["Dispatcher", "Selected", "check_sequence", "find_metadata"]
 
@@ -173,12 +174,12 @@ def _select(
     call: dict[str, Any],
 ) -> tuple[str, Decision]:
     """Choose, and return the key of the implementation, which is built if it is new and may be shared, and the decision."""
-    request = AttentionRequest(**call)
+    request = AttentionRequest(**call, system=current_platform(call["device"]))
     supported, own, default = limits
     wish, notes = resolve_wish(backend, own, scope, supported)
     if wish is None and default is not None:
         wish = Wish(default, "layer")
-    decision = decide(with_system(request), wish, supported, notes, tuple(registered_backends()))
+    decision = decide(request, wish, supported, notes, tuple(registered_backends()))
     name = decision.require()
     sizes = (request.num_heads, request.head_size, request.softmax_scale, request.is_causal, request.num_kv_heads)
     key = f"{name} {sizes} {request.device}"

@@ -7,7 +7,6 @@ Order of wishes: call argument, layer argument, `use_attn_backend(...)`, `FASTVI
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -265,11 +264,6 @@ def supported_names(supported: tuple[BackendWish, ...] | None) -> tuple[str, ...
     if isinstance(supported, str):
         raise TypeError(f"expected supported_attention_backends as a tuple, got {supported!r}; write ({supported!r},)")
     return None if supported is None else tuple(backend_name(backend) for backend in supported)
-
-
-def with_system(request: AttentionRequest) -> AttentionRequest:
-    """Return the request with this machine in it."""
-    return dataclasses.replace(request, system=current_platform(request.device))
 
 
 def _is_auto(wish: BackendWish) -> bool:

@@ -11,7 +11,6 @@ Shape legend: B batch, S video tokens, R replicated tokens, H heads, D head size
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,10 +19,10 @@ import torch
 
 from fastvideo.attention.backends.abstract import (
     AttentionBackend,
-    AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
 )
+from fastvideo.attention.backends.sparse import SparseAttentionImpl
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern
@@ -193,39 +192,8 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         return SlidingTileAttentionMetadata(current_timestep, grid.grid_tyx, grid.tile_tyx, windows, geometry, pattern)
 
 
-class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
-    """Computes Sliding Tile Attention for one layer.
-
-    Args:
-        num_heads: Number of query heads.
-        head_size: Size of one head.
-        softmax_scale: Factor of the scores; any finite number.
-        causal: Must be False.
-        num_kv_heads: Number of key and value heads; `None` means `num_heads`.
-        prefix: The layer's dotted name in its model.
-        **extra_impl_args: None is known.
-
-    Raises:
-        TypeError: `extra_impl_args` holds a name.
-        NotImplementedError: `causal` is True.
-        ValueError: `softmax_scale` is not finite.
-    """
-
-    def __init__(  # type: ignore[no-untyped-def]  # the contract leaves `extra_impl_args` without annotation
-        self,
-        num_heads: int,
-        head_size: int,
-        softmax_scale: float,
-        causal: bool = False,
-        num_kv_heads: int | None = None,
-        prefix: str = "",
-        **extra_impl_args,
-    ) -> None:
-        super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, **extra_impl_args)
-        if causal:
-            raise NotImplementedError("SLIDING_TILE_ATTN has no causal form; use causal=False or a dense backend")
-        if not math.isfinite(softmax_scale):
-            raise ValueError(f"expected a finite softmax_scale, got {softmax_scale=}")
+class SlidingTileAttentionImpl(SparseAttentionImpl[SlidingTileAttentionMetadata]):
+    """Computes Sliding Tile Attention for one layer; its scale is that of all scores."""
 
     def forward(
         self,

@@ -10,7 +10,6 @@ Shape legend: B batch, S video tokens, R replicated tokens, H heads, D head size
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,10 @@ import torch
 
 from fastvideo.attention.backends.abstract import (
     AttentionBackend,
-    AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
 )
+from fastvideo.attention.backends.sparse import SparseAttentionImpl
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.selection import num_kept_tiles
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
@@ -177,39 +176,8 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         )
 
 
-class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
-    """Computes Video Sparse Attention for one layer.
-
-    Args:
-        num_heads: Number of query heads.
-        head_size: Size of one head.
-        softmax_scale: Factor of the scores, fine and coarse; any finite number.
-        causal: Must be False.
-        num_kv_heads: Number of key and value heads; `None` means `num_heads`.
-        prefix: The layer's dotted name in its model.
-        **extra_impl_args: None is known.
-
-    Raises:
-        TypeError: `extra_impl_args` holds a name.
-        NotImplementedError: `causal` is True.
-        ValueError: `softmax_scale` is not finite.
-    """
-
-    def __init__(  # type: ignore[no-untyped-def]  # the contract leaves `extra_impl_args` without annotation
-        self,
-        num_heads: int,
-        head_size: int,
-        softmax_scale: float,
-        causal: bool = False,
-        num_kv_heads: int | None = None,
-        prefix: str = "",
-        **extra_impl_args,
-    ) -> None:
-        super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, **extra_impl_args)
-        if causal:
-            raise NotImplementedError("VIDEO_SPARSE_ATTN has no causal form; use causal=False or a dense backend")
-        if not math.isfinite(softmax_scale):
-            raise ValueError(f"expected a finite softmax_scale, got {softmax_scale=}")
+class VideoSparseAttentionImpl(SparseAttentionImpl[VideoSparseAttentionMetadata]):
+    """Computes Video Sparse Attention for one layer; its scale is that of all scores."""
 
     def forward(
         self,
