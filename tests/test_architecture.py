@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fastvideo"
 FLOORS = (
     ("fastvideo.cli", "fastvideo.training", "fastvideo.__main__"),
     ("fastvideo.models", "fastvideo.integrations"),
-    ("fastvideo.attention", "fastvideo.attention.layer"),
+    ("fastvideo.attention", "fastvideo.attention.layer", "fastvideo.attention.streaming", "fastvideo.attention.kv_cache"),
     ("fastvideo.attention.functional",),
     ("fastvideo.attention.dispatch", "fastvideo.attention.explain"),
     ("fastvideo.attention.selector",),

@@ -13,9 +13,11 @@ from fastvideo.attention.backends.abstract import (
 )
 from fastvideo.attention.explain import Explanation, explain
 from fastvideo.attention.functional import attention
+from fastvideo.attention.kv_cache import KVCache, StreamingMetadata, block_causal_mask
 from fastvideo.attention.layer import DistributedAttention, DistributedAttention_VSA, LocalAttention
 from fastvideo.attention.registry import UnknownBackend, register_attn_backend
 from fastvideo.attention.selector import BackendUnavailable, Decision, get_attn_backend, use_attn_backend
+from fastvideo.attention.streaming import StreamingAttention
 
 __all__ = [
     "AttentionBackend",
@@ -28,10 +30,14 @@ __all__ = [
     "DistributedAttention",
     "DistributedAttention_VSA",
     "Explanation",
+    "KVCache",
     "LocalAttention",
+    "StreamingAttention",
+    "StreamingMetadata",
     "T",
     "UnknownBackend",
     "attention",
+    "block_causal_mask",
     "explain",
     "get_attn_backend",
     "register_attn_backend",
