@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvideo.block_sparse import num_kept_tiles, video_geometry, video_sparse, video_sparse_attention
+from fastvideo.block_sparse import num_kept_tiles, selection, video_geometry, video_sparse, video_sparse_attention
 from fastvideo.block_sparse.video_sparse_reference import reference_tile_of_token, video_sparse_attention_reference
 from fastvideo.testing import assert_op_within_budget
 from fastvideo.video import TileGrid
@@ -53,11 +53,12 @@ def settings_of(case: str) -> dict[str, object]:
 def kept_tiles(case: str, inputs: dict[str, torch.Tensor], scale: float | None = None) -> torch.Tensor:
     """The tiles that the operation keeps, `[B, H, N, k]`."""
     grid_tyx, tile_tyx, *_, num_replicated, sparsity = CASES[case]
-    geometry = video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu", num_replicated)
-    q, k, v = (inputs[name].detach() for name in ("query", "key", "value"))
+    q, k = (
+        video_sparse.pool_tiles(inputs[name].detach(), grid_tyx, tile_tyx=tile_tyx, num_replicated=num_replicated)
+        for name in ("query", "key")
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    num_kept = num_kept_tiles(geometry.grid.num_tiles, sparsity)
-    return video_sparse._coarse_stage(q, k, v, geometry, num_kept, scale, has_gate=False)[0]
+    return selection.select_tiles(q * scale, k, num_kept_tiles(q.shape[1], sparsity))
 
 
 def check(case: str, inputs: dict[str, torch.Tensor], scale: float | None = None) -> None:

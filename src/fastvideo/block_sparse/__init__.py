@@ -2,8 +2,8 @@
 
 from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern, InvertedLists, TileLayout
-from fastvideo.block_sparse.selection import num_kept_tiles, top_k_ascending
-from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
+from fastvideo.block_sparse.selection import keep_tile_lists, num_kept_tiles, top_k_ascending
+from fastvideo.block_sparse.video_sparse import VideoGeometry, pool_tiles, video_geometry, video_sparse_attention
 
 __all__ = [
     "BlockPattern",
@@ -11,7 +11,9 @@ __all__ = [
     "TileLayout",
     "VideoGeometry",
     "block_sparse_attention",
+    "keep_tile_lists",
     "num_kept_tiles",
+    "pool_tiles",
     "top_k_ascending",
     "video_geometry",
     "video_sparse_attention",

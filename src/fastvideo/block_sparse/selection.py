@@ -1,18 +1,24 @@
 """Which tiles a query tile keeps: an exact top-k of coarse scores with a fixed answer for every input.
 
 Ties go to the lowest index, NaN ranks below -inf, -0 equals +0, and there are always exactly `k` distinct indices. No
-host waits, and no gradient passes.
+host waits, and no gradient passes. On GPUs two Triton kernels do it (`selection_kernels`), elsewhere torch's stable sort.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Scores and the sorted copies of one group of heads stay below this.
-_SCRATCH_BYTES = 256 << 20
+from fastvideo.platforms.triton_support import device_of, runs_triton
+
+# Scores, and what is made of them, exist for so many bytes of rows at a time.
+_SCRATCH_BYTES = 64 << 20
+# Longer rows don't fit into the registers of one program.
+_MAX_KERNEL_COLUMNS = 16_384
 
 
 def num_kept_tiles(num_tiles: int, sparsity: float) -> int:
@@ -59,29 +65,114 @@ def top_k_ascending(scores: Tensor, k: int) -> Tensor:
     if not 1 <= k <= num_tiles:
         raise ValueError(f"expected k in [1, {num_tiles}], got {k=}")
     if k == num_tiles:
-        everything = torch.arange(num_tiles, dtype=torch.int32, device=scores.device)
-        return everything.expand(scores.shape).contiguous()
+        return _everything(scores.shape, scores.device)
+    if _fits_kernel(scores, num_tiles):
+        from fastvideo.block_sparse.selection_kernels import launch_top_k
+
+        indices = scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32)
+        with device_of(scores):
+            launch_top_k(scores.contiguous().view(-1, num_tiles), indices.view(-1, k))
+        return indices
     # An ascending sort of the negated scores puts NaN last; subtracting from +0 makes one zero of both.
     ranked = torch.sort(0.0 - scores, dim=-1, stable=True).indices[..., :k]
     return ranked.to(torch.int32).sort(dim=-1).values
 
 
-@torch.no_grad()
 def select_tiles(pooled_query: Tensor, pooled_key: Tensor, num_kept: int) -> Tensor:
-    """The `num_kept` key tiles of highest dot product for each query tile.
+    """The `num_kept` key tiles of highest dot product for each query tile, as `top_k_ascending` ranks them.
+
+    The scores of a few heads, or of a few query tiles of one head, exist at a time. One custom op, so that activation
+    checkpointing can keep its result (`keep_tile_lists`).
 
     Args:
-        pooled_query: `[B, N, H, D]` in fp32 or fp64, with the scale of the scores already applied.
-        pooled_key: `[B, N, H, D]`.
+        pooled_query: `[B, N, Hq, D]` in fp32 or fp64, with the scale of the scores already applied.
+        pooled_key: `[B, N, Hkv, D]`; query head `h` meets key head `h // (Hq // Hkv)`.
         num_kept: Tiles to keep.
 
     Returns:
-        `[B, H, N, num_kept]` int32, ascending.
+        `[B, Hq, N, num_kept]` int32, ascending.
     """
-    batch, num_tiles, num_heads, _ = pooled_query.shape
-    query, key = pooled_query.detach().transpose(1, 2), pooled_key.detach().permute(0, 2, 3, 1)
-    # A score, its negation, the sorted copy and the 8-byte indices.
-    step = max(1, _SCRATCH_BYTES // (batch * num_tiles * num_tiles * (3 * query.itemsize + 8)))
-    groups = [slice(first, first + step) for first in range(0, num_heads, step)]
-    kept = [top_k_ascending(query[:, group] @ key[:, group], num_kept) for group in groups]
-    return torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+    indices: Tensor = _select_op(pooled_query.detach(), pooled_key.detach(), num_kept)
+    return indices
+
+
+@torch.library.custom_op("fastvideo::select_tiles", mutates_args=())
+def _select_op(query: Tensor, key: Tensor, num_kept: int) -> Tensor:
+    batch, num_tiles, num_heads, _ = query.shape
+    if num_kept == num_tiles:
+        return _everything(torch.Size((batch, num_heads, num_tiles, num_tiles)), query.device)
+    indices = query.new_empty(batch * num_heads, num_tiles, num_kept, dtype=torch.int32)
+    in_kernels = _fits_kernel(query, num_tiles)
+    # In torch there are also the negated scores, the sorted copy and 8-byte indices.
+    row_bytes = num_tiles * (query.itemsize if in_kernels else 3 * query.itemsize + 8)
+    num_rows = max(1, _SCRATCH_BYTES // row_bytes)
+    step_lists, step_rows = max(1, num_rows // num_tiles), min(num_rows, num_tiles)
+    for first in range(0, batch * num_heads, step_lists):
+        lists = range(first, min(first + step_lists, batch * num_heads))
+        for row in range(0, num_tiles, step_rows):
+            part = indices[lists.start : lists.stop, row : row + step_rows]
+            if in_kernels:
+                _select_in_kernels(query, key, part, lists, row)
+            else:
+                scores = torch.cat([_scores(query, key, entry, slice(row, row + step_rows)) for entry in lists])
+                part.copy_(top_k_ascending(scores, num_kept))
+    return indices.view(batch, num_heads, num_tiles, num_kept)
+
+
+@_select_op.register_fake
+def _(query: Tensor, key: Tensor, num_kept: int) -> Tensor:  # noqa: ARG001  # the op's arguments
+    batch, num_tiles, num_heads, _ = query.shape
+    return query.new_empty(batch, num_heads, num_tiles, num_kept, dtype=torch.int32)
+
+
+def keep_tile_lists() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """A `context_fn` for `torch.utils.checkpoint.checkpoint`, which keeps the lists of tiles and recomputes the rest.
+
+    Without it recomputation chooses again, and finds the same tiles, since the choice has no randomness; with it the
+    choice runs once.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> x = torch.randn(1, 4, 1, 8, requires_grad=True)
+        >>> attend = lambda x: x.sin().sum() + select_tiles(x, x, 2).sum()
+        >>> loss = checkpoint(attend, x, use_reentrant=False, context_fn=keep_tile_lists)
+        >>> torch.equal(torch.autograd.grad(loss, x)[0], x.cos())
+        True
+    """
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    kept = [torch.ops.fastvideo.select_tiles.default]
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+    contexts = create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]  # torch's own
+    return contexts
+
+
+def _everything(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.arange(shape[-1], dtype=torch.int32, device=device).expand(shape).contiguous()
+
+
+def _fits_kernel(scores: Tensor, num_tiles: int) -> bool:
+    """Whether the kernels run: on fp32, where Triton does, for rows that fit one program."""
+    return scores.dtype == torch.float32 and num_tiles <= _MAX_KERNEL_COLUMNS and runs_triton(scores.device)
+
+
+def _scores(query: Tensor, key: Tensor, entry: int, rows: slice) -> Tensor:
+    """Scores `[1, rows, N]` of one head of one sample, counted through."""
+    num_heads = query.shape[2]
+    sample, head = divmod(entry, num_heads)
+    keys = key[sample, :, head // (num_heads // key.shape[2])]
+    return (query[sample, rows, head] @ keys.transpose(0, 1))[None]
+
+
+def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, row: int) -> None:
+    from fastvideo.block_sparse.selection_kernels import launch_scores, launch_top_k
+
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    num_tiles = query.shape[1]
+    scores = query.new_empty(*part.shape[:2], num_tiles)
+    kept = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+    with device_of(query):
+        launch_scores(query, key, scores, lists.start, row)
+        launch_top_k(scores.view(-1, num_tiles), kept.view(-1, kept.shape[-1]))
+    if kept is not part:
+        part.copy_(kept)

@@ -14,96 +14,22 @@ Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvideo.block_sparse.attention import as_autocast, block_sparse_attention
-from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
+from fastvideo.block_sparse.attention import as_autocast
+from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
+from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
-from fastvideo.tensor_cache import cache_tensors
-from fastvideo.video import TileGrid, tile_mean, tile_sum
+from fastvideo.video import TileGrid, tile_mean
 from fastvideo.video.choose_tile import resolve_tile
 
+__all__ = ["VideoGeometry", "pool_tiles", "video_geometry", "video_sparse_attention", "with_replicated"]
 
-@dataclass(frozen=True, eq=False)
-class VideoGeometry:
-    """The layouts of one grid on one device; built once by `video_geometry` and shared between layers and steps.
-
-    Attributes:
-        grid: The grid and its tiles.
-        num_replicated: Text tokens behind the video tokens.
-        video_tiles: Layout of the video tokens: as queries, and as keys where there is no text.
-        key_tiles: Layout of all keys: the video's tiles, then chunks of text.
-        text_tiles: Layout of the text queries, or None.
-        tile_of_token: `[S]` int64, tile of each video token.
-    """
-
-    grid: TileGrid
-    num_replicated: int
-    video_tiles: TileLayout
-    key_tiles: TileLayout
-    text_tiles: TileLayout | None
-    tile_of_token: Tensor
-
-
-def video_geometry(grid: TileGrid, device: torch.device | str, num_replicated: int = 0) -> VideoGeometry:
-    """The layouts of a grid with `num_replicated` text tokens behind it; cached.
-
-    Example:
-        >>> video_geometry(TileGrid((2, 2, 2), (1, 2, 2)), "cpu", 3).key_tiles.sizes.tolist()
-        [4, 4, 3]
-    """
-    # Dynamo would look through the cache, and warn.
-    build = _video_geometry if torch.compiler.is_compiling() else _cached_video_geometry
-    return with_replicated(build(grid, torch.device(device)), num_replicated)
-
-
-def _video_geometry(grid: TileGrid, device: torch.device) -> VideoGeometry:
-    tensors = grid.tensors(device)
-    order = None if grid.is_raster else tensors.order
-    video = TileLayout(tensors.offsets, grid.num_tokens, grid.max_size, grid.is_uniform, order)
-    return VideoGeometry(grid, 0, video, video, None, tensors.tile_of_token)
-
-
-_cached_video_geometry = cache_tensors(_video_geometry)
-
-
-def with_replicated(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
-    """A geometry without text, with `num_replicated` text tokens behind it; cached."""
-    if geometry.num_replicated:
-        raise ValueError(f"expected a geometry without text, got {geometry.num_replicated=}")
-    if num_replicated < 0:
-        raise ValueError(f"expected num_replicated >= 0, got {num_replicated=}")
-    if not num_replicated:
-        return geometry
-    build = _append_text if torch.compiler.is_compiling() else _cached_append_text
-    return build(geometry, num_replicated)
-
-
-def _append_text(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
-    grid, video = geometry.grid, geometry.video_tiles
-    device, chunk, num_tokens = video.offsets.device, grid.max_size, grid.num_tokens + num_replicated
-    num_chunks = -(-num_replicated // chunk)
-    starts = torch.arange(num_chunks + 1, dtype=torch.int32, device=device) * chunk
-    text_offsets = starts.clamp(max=num_replicated)
-    text_rows = torch.arange(grid.num_tokens, num_tokens, dtype=torch.int32, device=device)
-    are_chunks_full = num_replicated % chunk == 0
-    keys = TileLayout(
-        torch.cat([video.offsets, text_offsets[1:] + grid.num_tokens]),
-        num_tokens,
-        chunk,
-        grid.is_uniform and are_chunks_full,
-        None if video.order is None else torch.cat([video.order, text_rows]),
-    )
-    text = TileLayout(text_offsets, num_replicated, min(chunk, num_replicated), num_chunks == 1 or are_chunks_full)
-    return VideoGeometry(grid, num_replicated, video, keys, text, geometry.tile_of_token)
-
-
-_cached_append_text = cache_tensors(_append_text)
+Pooled = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def video_sparse_attention(
@@ -113,20 +39,25 @@ def video_sparse_attention(
     grid_tyx: tuple[int, int, int],
     *,
     sparsity: float | None = None,
-    num_kept: int | None = None,
     gate: Tensor | None = None,
     tile_tyx: tuple[int, int, int] | str = (4, 4, 4),
-    num_replicated: int = 0,
+    replicated: tuple[Tensor, Tensor, Tensor] | None = None,
     scale: float | None = None,
+    num_kept: int | None = None,
+    num_replicated: int = 0,
+    pooled: Pooled | None = None,
     geometry: VideoGeometry | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Video Sparse Attention: `fine + coarse[tile of token] * gate`.
 
     Each query tile keeps `max(1, ceil((1 - sparsity) * N))` of the N key tiles, those of highest coarse score, ties to the
-    lowest index; the choice passes no gradient, the coarse part does. `gate=None` means no coarse part at all. The last
-    `num_replicated` rows are text: every video token sees all of them beside its tiles, text queries see everything, and
+    lowest index; the choice passes no gradient, the coarse part does. `gate=None` means no coarse part at all. Text of R
+    tokens may follow the video: every video token sees all of it beside its tiles, text queries see everything, and
     text takes no part in means, choice and coarse part. Query head `h` uses key and value head `h // (Hq // Hkv)`.
+
+    Nothing waits for the device. Coarse scores exist a few rows at a time, no tensor is copied to be permuted, and what is
+    kept for the backward beside inputs and output is the lists, the log-sum-exp and the means.
 
     Args:
         query: `[B, S + R, Hq, D]`, video tokens in raster order, then text.
@@ -134,12 +65,16 @@ def video_sparse_attention(
         value: `[B, S + R, Hkv, D]`.
         grid_tyx: Tokens of the video along time, height and width; their product is S.
         sparsity: Share of tiles to drop, in [0, 1). 0 is dense attention (plus the gated coarse part).
-        num_kept: The number of tiles to keep, in place of `sparsity`.
         gate: `[B, S, Hq, D]` or `[B, S + R, Hq, D]`, of which the text rows are not read; None for no coarse part.
         tile_tyx: Tokens of a tile; tiles at the far edges may be smaller. `"auto"` picks that of at most 64 tokens which costs
             least on this grid (`fastvideo.video.choose_tile`).
-        num_replicated: R, how many of the last rows are text.
+        replicated: Query, key and value of the text, `[B, R, H, D]`, where `query`, `key` and `value` are the video alone; they
+            are copied behind it. Callers that hold both in one tensor say `num_replicated` instead.
         scale: Factor of all scores, any finite number; None means `1 / sqrt(D)`.
+        num_kept: The number of tiles to keep, in place of `sparsity`.
+        num_replicated: R, how many of the last rows are text.
+        pooled: Means of query and key over the tiles of the video, `[B, N, H, D]` in fp32 (fp64 for fp64) as `pool_tiles`
+            gives them, and with a gate of value too, from a caller that has them; None computes them.
         geometry: Layouts of this grid and tile without text, if at hand (metadata holds them); None looks them up.
         impl: Name of a block-sparse implementation; None picks one.
 
@@ -159,6 +94,8 @@ def video_sparse_attention(
         True
     """
     tile_tyx = resolve_tile(tile_tyx, grid_tyx)
+    if replicated is not None:
+        query, key, value, num_replicated = _join_replicated((query, key, value), replicated, num_replicated)
     geometry, num_kept = _resolve(query, grid_tyx, tile_tyx, num_replicated, geometry, sparsity, num_kept)
     query, key, value, *gates = as_autocast(query, key, value, *(() if gate is None else (gate,)))
     _check_inputs(query, key, value, geometry)
@@ -167,20 +104,67 @@ def video_sparse_attention(
     if not -math.inf < scale < math.inf:
         raise ValueError(f"expected a finite scale, got {scale=}")
     gate = _video_gate(gates[0], query, geometry) if gates else None
+    if pooled is not None:
+        _check_pooled(pooled, (query, key, value), geometry, has_gate=gate is not None)
     with torch.autocast(query.device.type, enabled=False):
-        indices, coarse = _coarse_stage(query, key, value, geometry, num_kept, scale, has_gate=gate is not None)
-        text: Tensor | None
-        needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        if impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad:
-            # Everything sees everything, which dense kernels do faster. They mind a negative scale, and their gradients
-            # on the CPU are less exact than the engine's.
-            out, text = _dense_stage(query, key, value, geometry, scale)
-        else:
-            out = _fine_stage(query, key, value, geometry, indices, scale, impl)
-            text = _text_stage(query, key, value, geometry, scale, impl)
-        if gate is not None and coarse is not None:
-            out = _add_gated_tiles(out, coarse, gate, geometry)
-        return out if text is None else torch.cat([out, text], dim=1)
+        return _run(query, key, value, gate, pooled, geometry, num_kept, scale, impl)
+
+
+def pool_tiles(
+    x: Tensor, grid_tyx: tuple[int, int, int], *, tile_tyx: tuple[int, int, int] | str = (4, 4, 4), num_replicated: int = 0
+) -> Tensor:
+    """Means over tiles as `pooled` of `video_sparse_attention` takes them, `[B, N, H, D]` in fp32 (fp64 for fp64).
+
+    Example:
+        >>> pool_tiles(torch.arange(8.0).view(1, 8, 1, 1), (2, 2, 2), tile_tyx=(1, 2, 2)).flatten().tolist()
+        [1.5, 5.5]
+    """
+    grid = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx))
+    return tile_mean(x[:, : x.shape[1] - num_replicated], grid)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    pooled: Pooled | None,
+    geometry: VideoGeometry,
+    num_kept: int,
+    scale: float,
+    impl: str | None,
+) -> Tensor:
+    """The stages, for inputs that are checked."""
+    leaves = (query, key, value) if gate is None else (query, key, value, gate)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    # Where everything sees everything dense kernels are faster. They mind a negative scale, and their gradients on the CPU
+    # are less exact than the engine's.
+    is_dense = impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad
+    if is_dense and gate is None:
+        return _dense_stage(query, key, value, scale)
+    means = _means(query, key, value, pooled, geometry, has_gate=gate is not None)
+    coarse = None if gate is None else _coarse_attention(means, scale)
+    if is_dense and gate is not None and coarse is not None:
+        return add_gated_tiles(_dense_stage(query, key, value, scale), coarse, gate, geometry)
+    indices = select_tiles(means[0] * scale, means[1], num_kept)
+    return attend_to_tiles(query, key, value, coarse, gate, indices, geometry, scale, impl)
+
+
+def _join_replicated(
+    video: tuple[Tensor, Tensor, Tensor], text: tuple[Tensor, Tensor, Tensor], num_replicated: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    if num_replicated:
+        raise ValueError(f"expected either replicated or num_replicated, got both, {num_replicated=}")
+    if len(text) != 3 or any(x.ndim != 4 for x in (*video, *text)):
+        raise ValueError(
+            "expected replicated to be query, key and value of the text, [batch, seq, heads, head_size] each, "
+            f"got shapes {[tuple(x.shape) for x in text]}"
+        )
+    lengths = {x.shape[1] for x in text}
+    if len(lengths) > 1:
+        raise ValueError(f"expected replicated tensors of one length, got {[x.shape[1] for x in text]}")
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
+    return query, key, value, lengths.pop()
 
 
 def _resolve(
@@ -256,100 +240,47 @@ def _video_gate(gate: Tensor, query: Tensor, geometry: VideoGeometry) -> Tensor:
     return gate[:, :num_tokens]
 
 
-def _coarse_stage(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    geometry: VideoGeometry,
-    num_kept: int,
-    scale: float,
-    *,
-    has_gate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Kept tiles `[B, H, N, k]`, and with a gate attention of the means `[B, N, H, D]` in fp32 or fp64."""
-    num_tokens, group = geometry.grid.num_tokens, query.shape[2] // key.shape[2]
+def _check_pooled(pooled: Pooled, inputs: tuple[Tensor, Tensor, Tensor], geometry: VideoGeometry, *, has_gate: bool) -> None:
+    if len(pooled) < (3 if has_gate else 2):
+        raise ValueError(
+            f"expected pooled means of {'query, key and value' if has_gate else 'query and key'}, got {len(pooled)}"
+        )
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    for x, like in zip(pooled, inputs, strict=False):
+        shape = (like.shape[0], geometry.grid.num_tiles, *like.shape[2:])
+        if tuple(x.shape) != shape or x.dtype != dtype or x.device != like.device:
+            raise ValueError(
+                f"expected pooled means of shape {shape} in {dtype} on {like.device}, "
+                f"got {tuple(x.shape)} in {x.dtype} on {x.device}"
+            )
 
-    def pooled(x: Tensor) -> Tensor:
-        means = tile_mean(x[:, :num_tokens], geometry.grid, geometry.video_tiles.sizes)
-        return means if x is query or group == 1 else means.repeat_interleave(group, dim=2)
 
+def _means(
+    query: Tensor, key: Tensor, value: Tensor, pooled: Pooled | None, geometry: VideoGeometry, *, has_gate: bool
+) -> Sequence[Tensor]:
+    """Means over tiles of query and key, and with a gate of value, `[B, N, H, D]` in fp32 or fp64."""
+    if pooled is not None:
+        return pooled
     # Without a gate the means serve the choice alone, which passes no gradient.
     with torch.set_grad_enabled(torch.is_grad_enabled() and has_gate):
-        query_means, key_means = pooled(query) * scale, pooled(key)
-    indices = select_tiles(query_means, key_means, num_kept)
-    if not has_gate:
-        return indices, None
-    # The scale is in the fp32 means already: kernels that take the row maximum before scaling need it positive.
-    coarse = F.scaled_dot_product_attention(
-        query_means.transpose(1, 2), key_means.transpose(1, 2), pooled(value).transpose(1, 2), scale=1.0
-    )
-    return indices, coarse.transpose(1, 2)
+        inputs = (query, key, value) if has_gate else (query, key)
+        return [tile_mean(x[:, : geometry.grid.num_tokens], geometry.grid, geometry.video_tiles.sizes) for x in inputs]
 
 
-def _fine_stage(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    geometry: VideoGeometry,
-    indices: Tensor,
-    scale: float,
-    impl: str | None,
-) -> Tensor:
-    """Attention of the video tokens over their kept tiles and all text, `[B, S, H, D]`."""
-    num_tiles, num_key_tiles = geometry.grid.num_tiles, geometry.key_tiles.num_tiles
-    if geometry.num_replicated:
-        text = torch.arange(num_tiles, num_key_tiles, dtype=torch.int32, device=indices.device)
-        indices = torch.cat([indices, text.expand(*indices.shape[:3], -1)], dim=-1)
-        query = query[:, : geometry.grid.num_tokens]
-    pattern = BlockPattern(geometry.video_tiles, geometry.key_tiles, indices)
-    return block_sparse_attention(query, key, value, pattern, scale=scale, impl=impl)
+def _coarse_attention(means: Sequence[Tensor], scale: float) -> Tensor:
+    """Attention of the means, `[B, N, Hq, D]` in fp32 or fp64."""
+    query, key, value = (x.transpose(1, 2) for x in means)
+    # The scale goes into the fp32 means: kernels that take the row maximum before scaling need it positive.
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and query.device.type != "cpu":
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        is_grouped = False
+    out = F.scaled_dot_product_attention(query * scale, key, value, scale=1.0, enable_gqa=is_grouped)
+    return out.transpose(1, 2)
 
 
-def _dense_stage(
-    query: Tensor, key: Tensor, value: Tensor, geometry: VideoGeometry, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """Dense attention of all tokens: that of the video, `[B, S, H, D]`, and that of the text or None without."""
+def _dense_stage(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Dense attention of all tokens, `[B, S + R, H, D]`."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     is_grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=is_grouped).transpose(1, 2)
-    num_video = geometry.grid.num_tokens
-    return out[:, :num_video], out[:, num_video:] if geometry.num_replicated else None
-
-
-def _text_stage(
-    query: Tensor, key: Tensor, value: Tensor, geometry: VideoGeometry, scale: float, impl: str | None
-) -> Tensor | None:
-    """Dense attention of the text tokens, `[B, R, H, D]`, or None without text."""
-    if geometry.text_tiles is None:
-        return None
-    everything = torch.arange(geometry.key_tiles.num_tiles, dtype=torch.int32, device=query.device)
-    indices = everything.expand(1, 1, geometry.text_tiles.num_tiles, -1).contiguous()
-    pattern = BlockPattern(geometry.text_tiles, geometry.key_tiles, indices)
-    text = query[:, geometry.grid.num_tokens :]
-    return block_sparse_attention(text, key, value, pattern, scale=scale, impl=impl)
-
-
-def _add_gated_tiles(out: Tensor, coarse: Tensor, gate: Tensor, geometry: VideoGeometry) -> Tensor:
-    result: Tensor = _AddGatedTiles.apply(out, coarse, gate, geometry)  # type: ignore[no-untyped-call]  # torch's own
-    return result
-
-
-class _AddGatedTiles(torch.autograd.Function):
-    """`out + coarse[tile of token] * gate`, whose gradient for `coarse` is a tile sum in fp32 instead of an index_add."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, coarse: Tensor, gate: Tensor, geometry: VideoGeometry) -> Tensor:
-        ctx.save_for_backward(coarse, gate, geometry.tile_of_token)
-        ctx.grid = geometry.grid
-        return torch.addcmul(out, coarse.to(out.dtype).index_select(1, geometry.tile_of_token), gate)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coarse, gate, tile_of_token = ctx.saved_tensors
-        (dout,) = grads
-        dcoarse = dgate = None
-        if ctx.needs_input_grad[1]:
-            dcoarse = tile_sum(dout * gate, ctx.grid)
-        if ctx.needs_input_grad[2]:
-            dgate = coarse.to(dout.dtype).index_select(1, tile_of_token) * dout
-        return dout, dcoarse, dgate, None
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=is_grouped).transpose(1, 2)

@@ -1,16 +1,21 @@
 """Means over the tiles of a video's token grid.
 
-Sums run in fp32 (fp64 for fp64 inputs), one axis after the other, so that no permuted, padded or converted copy is made.
+Sums run in fp32 (fp64 for fp64 inputs), and no permuted, padded or converted copy is made: on GPUs a Triton kernel reads
+each token once, elsewhere torch sums one axis after the other. Both are custom ops with an autograd formula.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvideo.platforms.triton_support import device_of, runs_triton
 from fastvideo.video.tiles import TileGrid
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def tile_mean(x: Tensor, grid: TileGrid, sizes: Tensor | None = None) -> Tensor:
@@ -48,34 +53,61 @@ def tile_sum(x: Tensor, grid: TileGrid) -> Tensor:
     """
     if x.ndim != 4 or x.shape[1] != grid.num_tokens:
         raise ValueError(f"expected [B, S={grid.num_tokens}, H, D] for {grid.grid_tyx=}, got {tuple(x.shape)}")
-    result: Tensor = _TileSum.apply(x, grid)  # type: ignore[no-untyped-call]  # torch's own
-    return result
+    sums: Tensor = _tile_sum_op(x, grid.grid_tyx, grid.tile_tyx)
+    return sums
 
 
-class _TileSum(torch.autograd.Function):
-    """Sums without a copy of the input in the sums' dtype, and a backward without fp32 gradients of the input's size."""
+@torch.library.custom_op("fastvideo::tile_sum", mutates_args=())
+def _tile_sum_op(x: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> Tensor:
+    grid = _grid(grid_tyx, tile_tyx)
+    batch, _, num_heads, head_size = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if dtype == torch.float32 and x.dtype in _KERNEL_DTYPES and runs_triton(x.device):
+        from fastvideo.video.pooling_kernels import launch_tile_sum
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: TileGrid) -> Tensor:
-        ctx.grid, ctx.dtype = grid, x.dtype
-        batch, _, num_heads, head_size = x.shape
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        frames = x.reshape(batch, *grid.grid_tyx, num_heads, head_size)
-        # On a CPU, torch would first convert all of a 16-bit input, so that one gets a few frames at a time.
-        step = grid.tile_tyx[0] if x.device.type == "cpu" and x.dtype != dtype else grid.grid_tyx[0]
-        parts = [_sum_tiles(part, grid, dtype) for part in torch.split(frames, step, dim=1)]
-        sums = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return sums.reshape(batch, grid.num_tiles, num_heads, head_size)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        sums, tensors = x.new_empty(batch, grid.num_tiles, num_heads, head_size, dtype=dtype), grid.tensors(x.device)
+        with device_of(x):
+            launch_tile_sum(x, tensors.order, tensors.offsets, grid.max_size, sums)
+        return sums
+    frames = x.reshape(batch, *grid.grid_tyx, num_heads, head_size)
+    # On a CPU, torch would first convert all of a 16-bit input, so that one gets a few frames at a time.
+    step = grid.tile_tyx[0] if x.device.type == "cpu" and x.dtype != dtype else grid.grid_tyx[0]
+    parts = [_sum_tiles(part, grid, dtype) for part in torch.split(frames, step, dim=1)]
+    return torch.cat(parts, dim=1).reshape(batch, grid.num_tiles, num_heads, head_size)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grid: TileGrid = ctx.grid
-        (dsums,) = grads
-        grad = dsums.to(ctx.dtype).reshape(dsums.shape[0], *grid.num_tiles_tyx, *dsums.shape[2:])
-        for axis in (3, 2, 1):
-            extent = grid.grid_tyx[axis - 1]
-            grad = grad.repeat_interleave(min(grid.tile_tyx[axis - 1], extent), dim=axis).narrow(axis, 0, extent)
-        return grad.flatten(1, 3), None
+
+@_tile_sum_op.register_fake
+def _(x: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[0], _grid(grid_tyx, tile_tyx).num_tiles, *x.shape[2:], dtype=dtype)
+
+
+@torch.library.custom_op("fastvideo::tile_expand", mutates_args=())
+def _tile_expand_op(tiles: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`[B, N, H, D]` to `[B, S, H, D]`: each token gets its tile's entry, in `dtype`."""
+    tile_of_token = _grid(grid_tyx, tile_tyx).tensors(tiles.device).tile_of_token
+    return tiles.to(dtype).index_select(1, tile_of_token)
+
+
+@_tile_expand_op.register_fake
+def _(tiles: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty(tiles.shape[0], _grid(grid_tyx, tile_tyx).num_tokens, *tiles.shape[2:], dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # torch's signature
+    ctx.dtype, ctx.grid_tyx, ctx.tile_tyx = inputs[0].dtype, inputs[1], inputs[2]
+
+
+def _differentiate(ctx: Any, dsums: Tensor) -> tuple[Tensor, None, None]:
+    return _tile_expand_op(dsums, ctx.grid_tyx, ctx.tile_tyx, ctx.dtype), None, None
+
+
+_tile_sum_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _grid(grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> TileGrid:
+    return TileGrid((grid_tyx[0], grid_tyx[1], grid_tyx[2]), (tile_tyx[0], tile_tyx[1], tile_tyx[2]))
 
 
 def _sum_tiles(x: Tensor, grid: TileGrid, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,254 @@
+"""Video Sparse Attention once its tiles are chosen: the fine part, the text's attention and the gated coarse part.
+
+One custom op with an autograd formula. The coarse part is added to the fine output where that lies, so what the backward
+needs beside inputs and output is the log-sum-exp and the lists: it takes the coarse part off the output again, since
+`delta = rowsum(dout * fine)` is that of the fine output alone.
+
+Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry
+from fastvideo.block_sparse.impl import Implementation, choose_implementation, load_implementation
+from fastvideo.block_sparse.impl.reference import accumulation_dtype
+from fastvideo.block_sparse.pattern import BlockPattern
+from fastvideo.platforms.triton_support import device_of, runs_triton
+from fastvideo.video import TileGrid, tile_sum
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_AUTOMATIC = ""
+
+
+def attend_to_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    indices: Tensor,
+    geometry: VideoGeometry,
+    scale: float,
+    impl: str | None,
+) -> Tensor:
+    """Attention of video tokens over their tiles and the text, plus `coarse * gate`; of the text over everything.
+
+    Args:
+        query: `[B, S + R, Hq, D]`.
+        key: `[B, S + R, Hkv, D]`.
+        value: `[B, S + R, Hkv, D]`.
+        coarse: `[B, N, Hq, D]` in fp32 (fp64 for fp64), or None without `gate`.
+        gate: `[B, S, Hq, D]`, or None.
+        indices: `[B, Hq, N, k]` int32, the kept tiles, ascending.
+        geometry: Grid, tiles and R.
+        scale: Factor of the scores.
+        impl: Name of a block-sparse implementation; None picks one.
+
+    Returns:
+        `[B, S + R, Hq, D]`.
+    """
+    grid = geometry.grid
+    name = _AUTOMATIC if impl is None else impl
+    tensors = (query, key, value, coarse, gate, indices)
+    out: Tensor = _forward_op(*tensors, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, scale, name)[0]
+    return out
+
+
+def add_gated_tiles(out: Tensor, coarse: Tensor, gate: Tensor, geometry: VideoGeometry) -> Tensor:
+    """`out` with `coarse[tile of token] * gate` added to its first S tokens; passes no gradient."""
+    result: Tensor = _add_gated_op(out, coarse, gate, geometry.grid.grid_tyx, geometry.grid.tile_tyx)
+    return result
+
+
+@torch.library.custom_op("fastvideo::add_gated_tiles", mutates_args=())
+def _add_gated_op(out: Tensor, coarse: Tensor, gate: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> Tensor:
+    grid = _grid(grid_tyx, tile_tyx)
+    result = out.clone(memory_format=torch.contiguous_format)
+    video = result[:, : grid.num_tokens]
+    _add_gated(video, coarse, gate, video, video_geometry(grid, out.device))
+    return result
+
+
+@_add_gated_op.register_fake
+def _(out: Tensor, *_rest: Any) -> Tensor:
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+class _Call:
+    """One call's patterns and implementations."""
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        grid_tyx: Sequence[int],
+        tile_tyx: Sequence[int],
+        num_replicated: int,
+        impl: str,
+    ) -> None:
+        query, key, value, indices = tensors
+        grid = _grid(grid_tyx, tile_tyx)
+        self.geometry = video_geometry(grid, query.device, num_replicated)
+        self.num_video = grid.num_tokens
+        key_tiles = self.geometry.key_tiles
+        if num_replicated:
+            text = torch.arange(grid.num_tiles, key_tiles.num_tiles, dtype=torch.int32, device=indices.device)
+            indices = torch.cat([indices, text.expand(*indices.shape[:3], -1)], dim=-1)
+        self.video_pattern = BlockPattern(self.geometry.video_tiles, key_tiles, indices)
+        self.video = self._implementation(query[:, : self.num_video], key, value, self.video_pattern, impl)
+        if self.geometry.text_tiles is not None:
+            everything = torch.arange(key_tiles.num_tiles, dtype=torch.int32, device=indices.device)
+            lists = everything.expand(1, 1, self.geometry.text_tiles.num_tiles, -1).contiguous()
+            self.text_pattern = BlockPattern(self.geometry.text_tiles, key_tiles, lists)
+            self.text = self._implementation(query[:, self.num_video :], key, value, self.text_pattern, impl)
+
+    @staticmethod
+    def _implementation(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, impl: str) -> Implementation:
+        return load_implementation(choose_implementation(query, key, value, pattern, impl or None)[0])
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of video and text."""
+        return x[:, : self.num_video], x[:, self.num_video :]
+
+
+@torch.library.custom_op("fastvideo::video_sparse_fine", mutates_args=())
+def _forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    indices: Tensor,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    num_replicated: int,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
+    with torch.autocast(query.device.type, enabled=False):
+        fine, lse = call.video.forward(call.split(query)[0], key, value, call.video_pattern, scale)
+        if not num_replicated:
+            return _add_gated(fine, coarse, gate, fine, call.geometry), lse
+        out, all_lse = torch.empty_like(query, memory_format=torch.contiguous_format), lse.new_empty(query.shape[:3])
+        (video_out, text_out), (video_lse, text_lse) = call.split(out), call.split(all_lse)
+        if gate is None:
+            video_out.copy_(fine)
+        else:
+            _add_gated(fine, coarse, gate, video_out, call.geometry)
+        video_lse.copy_(lse)
+        del fine, lse
+        text, lse = call.text.forward(call.split(query)[1], key, value, call.text_pattern, scale)
+        text_out.copy_(text)
+        text_lse.copy_(lse)
+        return out, all_lse
+
+
+@_forward_op.register_fake
+def _(query: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.custom_op("fastvideo::video_sparse_fine_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    num_replicated: int,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
+    (video_query, text_query), (video_dout, text_dout) = call.split(query), call.split(dout)
+    (video_out, text_out), (video_lse, text_lse) = call.split(out), call.split(lse)
+    dcoarse, dgate = query.new_empty(0), query.new_empty(0)
+    with torch.autocast(query.device.type, enabled=False):
+        if coarse is not None and gate is not None:
+            video_out, dcoarse, dgate = _differentiate_gated(video_out, video_dout, coarse, gate, call.geometry)
+        dq, dk, dv = call.video.backward(
+            video_dout, None, video_query, key, value, video_out, video_lse, call.video_pattern, scale
+        )
+        del video_out
+        if num_replicated:
+            text = call.text.backward(text_dout, None, text_query, key, value, text_out, text_lse, call.text_pattern, scale)
+            dq, dk, dv = torch.cat([dq, text[0]], dim=1), dk.add_(text[1]), dv.add_(text[2])
+    return dq, dk, dv, dcoarse, dgate
+
+
+@_backward_op.register_fake
+def _(
+    _dout: Tensor, query: Tensor, key: Tensor, value: Tensor, coarse: Tensor | None, gate: Tensor | None, *_rest: Any
+) -> tuple[Tensor, ...]:
+    like = (query, key, value, coarse, gate)
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.settings = inputs[6:]
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (1 + len(ctx.settings))
+    if dout is None:
+        return (None,) * 5 + nothing
+    query, key, value, coarse, gate, *rest = ctx.saved_tensors
+    *grads, dcoarse, dgate = _backward_op(dout, query, key, value, coarse, gate, *rest, *ctx.settings)
+    return (*grads, None if coarse is None else dcoarse, None if gate is None else dgate, *nothing)
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _grid(grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> TileGrid:
+    return TileGrid((grid_tyx[0], grid_tyx[1], grid_tyx[2]), (tile_tyx[0], tile_tyx[1], tile_tyx[2]))
+
+
+def _in_kernels(x: Tensor) -> bool:
+    return x.dtype in _KERNEL_DTYPES and runs_triton(x.device)
+
+
+def _add_gated(fine: Tensor, coarse: Tensor | None, gate: Tensor | None, out: Tensor, geometry: VideoGeometry) -> Tensor:
+    """Write `fine + coarse[tile of token] * gate` to `out`, which may be `fine`."""
+    if coarse is None or gate is None:
+        return fine
+    if _in_kernels(fine):
+        from fastvideo.block_sparse.gate_kernels import launch_add_gated
+
+        with device_of(fine):
+            launch_add_gated(fine, coarse, gate, out, geometry.video_tiles)
+        return out
+    return torch.addcmul(fine, coarse.to(fine.dtype).index_select(1, geometry.tile_of_token), gate, out=out)
+
+
+def _differentiate_gated(
+    out: Tensor, dout: Tensor, coarse: Tensor, gate: Tensor, geometry: VideoGeometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fine output `[B, S, H, D]` and the gradients of `coarse` and `gate`."""
+    if _in_kernels(out):
+        from fastvideo.block_sparse.gate_kernels import launch_gated_backward
+
+        fine, dgate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (out, gate))
+        dcoarse = torch.empty_like(coarse, memory_format=torch.contiguous_format)
+        with device_of(out):
+            launch_gated_backward(out, dout, coarse, gate, geometry.video_tiles, fine, dcoarse, dgate)
+        return fine, dcoarse, dgate
+    dcoarse = tile_sum(dout * gate, geometry.grid)
+    of_token = coarse.to(out.dtype).index_select(1, geometry.tile_of_token)
+    return torch.addcmul(out, of_token, gate, value=-1), dcoarse, of_token.mul_(dout)

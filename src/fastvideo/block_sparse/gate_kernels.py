@@ -1,0 +1,178 @@
+"""Triton kernels that add a gated coarse part, broadcast from tiles to their tokens, and differentiate that, in one pass each.
+
+A program owns some of the H * D columns of one tile. Products and sums are in fp32, in a fixed order.
+
+Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a block, `s_` strides in elements.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (the types of kernel arguments are Triton's, not Python's)
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvideo.block_sparse.pattern import TileLayout
+
+_COLUMNS = 256
+
+
+@triton.jit
+def _tokens(order, i_row, i_end, ROWS: tl.constexpr):
+    """Tokens of packed rows, int64, and which of them belong to the tile."""
+    o_row = i_row + tl.arange(0, ROWS)
+    m_row = o_row < i_end
+    o_token = o_row if order is None else tl.load(order + o_row, mask=m_row, other=0)
+    return o_token.to(tl.int64)[:, None], m_row[:, None]
+
+
+@triton.jit
+def _columns(i_block, NUM_COLUMNS, s_h, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of a program, which of them exist, and their places in a tensor with stride `s_h` of heads."""
+    o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
+    o_place = (o_column // HEAD_SIZE).to(tl.int64) * s_h + o_column % HEAD_SIZE
+    return o_column[None, :], (o_column < NUM_COLUMNS)[None, :], o_place[None, :]
+
+
+@triton.jit(do_not_specialize=["NUM_TILES", "NUM_COLUMNS"])
+def gated_tiles_fwd_kernel(
+    fine,
+    coarse,
+    gate,
+    out,
+    order,
+    offsets,
+    s_fb,
+    s_ob,
+    s_gb,
+    s_gs,
+    s_gh,
+    NUM_TILES,
+    NUM_COLUMNS,
+    HEAD_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`out = fine + coarse[tile of token] * gate`; `out` may be `fine`."""
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_column, m_column, o_gate = _columns(tl.program_id(1), NUM_COLUMNS, s_gh, HEAD_SIZE, COLUMNS)
+    i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
+    b_coarse = tl.load(coarse + (i_b * NUM_TILES + i_tile) * NUM_COLUMNS + o_column, mask=m_column, other=0.0)
+    for i_first in range(0, TILE, ROWS):
+        o_token, m_row = _tokens(order, i_start + i_first, i_end, ROWS)
+        m_block = m_row & m_column
+        b_gate = tl.load(gate + i_b * s_gb + o_token * s_gs + o_gate, mask=m_block, other=0.0).to(tl.float32)
+        o_own = o_token * NUM_COLUMNS + o_column
+        b_fine = tl.load(fine + i_b * s_fb + o_own, mask=m_block, other=0.0).to(tl.float32)
+        b_out = b_fine + b_coarse * b_gate
+        tl.store(out + i_b * s_ob + o_own, b_out.to(out.dtype.element_ty), mask=m_block)
+
+
+@triton.jit(do_not_specialize=["NUM_TILES", "NUM_COLUMNS"])
+def gated_tiles_bwd_kernel(
+    out,
+    dout,
+    coarse,
+    gate,
+    fine,
+    dcoarse,
+    dgate,
+    order,
+    offsets,
+    s_ob,
+    s_db,
+    s_ds,
+    s_dh,
+    s_gb,
+    s_gs,
+    s_gh,
+    s_nb,
+    NUM_TILES,
+    NUM_COLUMNS,
+    HEAD_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`dgate = dout * coarse`, `dcoarse` = sums over tiles of `dout * gate`, and `fine = out - coarse * gate` again."""
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_column, m_column, o_gate = _columns(tl.program_id(1), NUM_COLUMNS, s_gh, HEAD_SIZE, COLUMNS)
+    _, _, o_dout = _columns(tl.program_id(1), NUM_COLUMNS, s_dh, HEAD_SIZE, COLUMNS)
+    i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
+    o_tile = (i_b * NUM_TILES + i_tile) * NUM_COLUMNS + o_column
+    b_coarse = tl.load(coarse + o_tile, mask=m_column, other=0.0)
+    b_dcoarse = tl.zeros([1, COLUMNS], tl.float32)
+    for i_first in range(0, TILE, ROWS):
+        o_token, m_row = _tokens(order, i_start + i_first, i_end, ROWS)
+        m_block = m_row & m_column
+        b_gate = tl.load(gate + i_b * s_gb + o_token * s_gs + o_gate, mask=m_block, other=0.0).to(tl.float32)
+        b_dout = tl.load(dout + i_b * s_db + o_token * s_ds + o_dout, mask=m_block, other=0.0).to(tl.float32)
+        o_own = o_token * NUM_COLUMNS + o_column
+        b_out = tl.load(out + i_b * s_ob + o_own, mask=m_block, other=0.0).to(tl.float32)
+        b_dcoarse += tl.sum(b_dout * b_gate, 0)[None, :]
+        tl.store(fine + i_b * s_nb + o_own, (b_out - b_coarse * b_gate).to(fine.dtype.element_ty), mask=m_block)
+        tl.store(dgate + i_b * s_nb + o_own, (b_dout * b_coarse).to(dgate.dtype.element_ty), mask=m_block)
+    tl.store(dcoarse + o_tile, b_dcoarse, mask=m_column)
+
+
+def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -> None:
+    batch, num_tiles, num_heads, head_size = coarse.shape
+    num_columns = num_heads * head_size
+    kernel[(num_tiles, triton.cdiv(num_columns, _COLUMNS), batch)](
+        coarse=coarse.contiguous(),
+        order=layout.order,
+        offsets=layout.offsets,
+        NUM_TILES=num_tiles,
+        NUM_COLUMNS=num_columns,
+        HEAD_SIZE=head_size,
+        TILE=layout.max_size,
+        ROWS=min(16, triton.next_power_of_2(layout.max_size)),
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+        **arguments,
+    )
+
+
+def _strides(letter: str, x: Tensor) -> dict[str, int]:
+    return {f"s_{letter}{dim}": x.stride(i) for i, dim in enumerate("bsh")}
+
+
+def launch_add_gated(fine: Tensor, coarse: Tensor, gate: Tensor, out: Tensor, layout: TileLayout) -> None:
+    """Fill the first S tokens of `out`; tokens of `fine` and `out` are contiguous, `coarse` is `[B, N, H, D]` fp32."""
+    gate = gate if gate.stride(-1) == 1 else gate.contiguous()
+    _launch(
+        gated_tiles_fwd_kernel,
+        layout,
+        coarse,
+        fine=fine,
+        gate=gate,
+        out=out,
+        s_fb=fine.stride(0),
+        s_ob=out.stride(0),
+        **_strides("g", gate),
+    )
+
+
+def launch_gated_backward(
+    out: Tensor, dout: Tensor, coarse: Tensor, gate: Tensor, layout: TileLayout, fine: Tensor, dcoarse: Tensor, dgate: Tensor
+) -> None:
+    """Fill `fine` and `dgate`, `[B, S, H, D]`, and `dcoarse`, `[B, N, H, D]` fp32, all contiguous; see the kernel."""
+    gate, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, dout))
+    _launch(
+        gated_tiles_bwd_kernel,
+        layout,
+        coarse,
+        out=out,
+        dout=dout,
+        gate=gate,
+        fine=fine,
+        dcoarse=dcoarse,
+        dgate=dgate,
+        s_ob=out.stride(0),
+        s_nb=fine.stride(0),
+        **_strides("d", dout),
+        **_strides("g", gate),
+    )

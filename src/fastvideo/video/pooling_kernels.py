@@ -1,0 +1,65 @@
+"""Triton kernel of tile sums: one pass over the tokens, which stay where they are.
+
+Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a block, `s_` strides in elements.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (the types of kernel arguments are Triton's, not Python's)
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 256
+
+
+@triton.jit(do_not_specialize=["NUM_TILES", "NUM_COLUMNS"])
+def tile_sum_kernel(
+    x,
+    order,
+    offsets,
+    sums,
+    s_xb,
+    s_xs,
+    s_xh,
+    NUM_TILES,
+    NUM_COLUMNS,
+    HEAD_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """fp32 sums `[B, NUM_TILES, NUM_COLUMNS]` of `[B, S, H, D]`, some of the H * D columns of one tile a program."""
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_column = o_column < NUM_COLUMNS
+    p_x = x + i_b * s_xb + (o_column // HEAD_SIZE).to(tl.int64) * s_xh + o_column % HEAD_SIZE
+    i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
+    b_sum = tl.zeros([COLUMNS], tl.float32)
+    for i_first in range(0, TILE, ROWS):
+        o_row = i_start + i_first + tl.arange(0, ROWS)
+        m_row = o_row < i_end
+        o_token = tl.load(order + o_row, mask=m_row, other=0).to(tl.int64)
+        b_x = tl.load(p_x[None, :] + o_token[:, None] * s_xs, mask=m_row[:, None] & m_column[None, :], other=0.0)
+        b_sum += tl.sum(b_x.to(tl.float32), 0)
+    tl.store(sums + (i_b * NUM_TILES + i_tile) * NUM_COLUMNS + o_column, b_sum, mask=m_column)
+
+
+def launch_tile_sum(x: Tensor, order: Tensor, offsets: Tensor, max_size: int, sums: Tensor) -> None:
+    """Fill `sums`, `[B, N, H, D]` fp32 contiguous, from `[B, S, H, D]` whose last dimension is contiguous."""
+    batch, num_tiles, num_heads, head_size = sums.shape
+    num_columns = num_heads * head_size
+    tile_sum_kernel[(num_tiles, triton.cdiv(num_columns, _COLUMNS), batch)](
+        x,
+        order,
+        offsets,
+        sums,
+        *x.stride()[:3],
+        NUM_TILES=num_tiles,
+        NUM_COLUMNS=num_columns,
+        HEAD_SIZE=head_size,
+        TILE=max_size,
+        ROWS=min(16, triton.next_power_of_2(max_size)),
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+    )

@@ -1,0 +1,163 @@
+"""The kernels around the engine (selection, means, gate) in Triton's interpreter; `test_video_kernels.py` runs this file.
+
+The interpreter has to be switched on before the kernels are defined: `TRITON_INTERPRET=1 python -m pytest <this file>`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from fastvideo.block_sparse import geometry, selection, selection_kernels, video_sparse_attention
+from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_gated
+from fastvideo.block_sparse.selection_kernels import launch_top_k
+from fastvideo.block_sparse.video_sparse import pool_tiles
+from fastvideo.block_sparse.video_sparse_reference import reference_top_k, video_sparse_attention_reference
+from fastvideo.platforms.triton_support import runs_triton
+from fastvideo.testing import assert_op_within_budget, assert_within_budget
+from fastvideo.video import TileGrid, pooling, tile_mean
+
+NAN, INF = math.nan, math.inf
+
+
+def test_kernels_run_here() -> None:
+    assert runs_triton(torch.device("cpu"))
+
+
+def make_scores(kind: str, num_rows: int, num_columns: int) -> torch.Tensor:
+    scores = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(num_columns))
+    if kind == "ties":
+        return (3 * scores).round()
+    if kind == "equal":
+        return torch.full_like(scores, -7.0)
+    if kind == "nan":
+        return scores.masked_fill(scores > 0.2, NAN)
+    if kind == "all_nan":
+        return torch.full_like(scores, NAN)
+    if kind == "zeros":
+        return torch.where(scores > 0, 0.0, -0.0)
+    if kind == "infinite":
+        return torch.where(scores > 1, INF, torch.where(scores < -0.5, -INF, scores))
+    if kind == "tiny":
+        return (scores * 3).round() * 1e-45
+    return scores
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "nan", "all_nan", "zeros", "infinite", "tiny"])
+@pytest.mark.parametrize(("num_columns", "k"), [(2, 1), (37, 5), (64, 63), (100, 1), (1440, 144)])
+def test_top_k_is_exact(num_columns: int, k: int, kind: str) -> None:
+    scores = make_scores(kind, 3, num_columns)
+    indices = torch.full((3, k), -7, dtype=torch.int32)
+    launch_top_k(scores, indices)
+    assert indices.tolist() == [reference_top_k(row, k) for row in scores.tolist()]
+
+
+@pytest.mark.parametrize("num_columns", [5000, 16_384])
+def test_rows_of_more_than_4096(num_columns: int) -> None:
+    scores = make_scores("ties", 1, num_columns)
+    k = num_columns // 30
+    assert selection.top_k_ascending(scores, k)[0].tolist() == reference_top_k(scores[0].tolist(), k)
+
+
+def test_longer_rows_are_left_to_torch(monkeypatch) -> None:
+    scores = make_scores("ties", 2, 40)
+    expected = selection.top_k_ascending(scores, 7)
+    monkeypatch.setattr(selection, "_MAX_KERNEL_COLUMNS", 39)
+    assert torch.equal(selection.top_k_ascending(scores, 7), expected)
+
+
+# All heads at once, three lists at a time, nine rows at a time.
+@pytest.mark.parametrize(("scratch", "head_size"), [(64 << 20, 5), (64 << 20, 72), (4 * 20 * 20 * 3, 64), (4 * 20 * 9, 16)])
+def test_selection_in_chunks(scratch: int, head_size: int, monkeypatch) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 20, 2, head_size), torch.randn(2, 1, 20, head_size).transpose(1, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.repeat_interleave(2, dim=2).double())
+    expected = scores.topk(9).indices.sort().values.int()
+    monkeypatch.setattr(selection_kernels, "_BLOCK", 16)
+    monkeypatch.setattr(selection, "_SCRATCH_BYTES", scratch)
+    assert torch.equal(selection.select_tiles(query, key, 9), expected)
+
+
+def test_means_that_are_nan_and_infinite_give_k_distinct_tiles() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 20, 1, 8).unbind(0)
+    query[:, 3], key[:, 5], key[:, 6], query[:, 4] = NAN, INF, -INF, INF
+    lists = selection.select_tiles(query, key, 6)
+    assert ((lists >= 0) & (lists < 20)).all()
+    assert (lists.diff(dim=-1) > 0).all()
+    assert lists[0, 0, 3].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+CASES = [((1, 1, 1), (4, 4, 4)), ((4, 2, 6), (2, 2, 2)), ((5, 3, 7), (4, 4, 4)), ((4, 6, 9), (3, 5, 4)), ((2, 3, 9), (1, 1, 1))]
+
+
+def surrounded(x: torch.Tensor) -> torch.Tensor:
+    """The same values in memory whose other bytes are NaN."""
+    room = x.new_full((x.shape[0], x.shape[1] + 6, x.shape[2], x.shape[3] + 8), NAN)
+    inside = room[:, 3:-3, :, : x.shape[3]]
+    inside.copy_(x)
+    return inside
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("grid_tyx", "tile_tyx"), CASES)
+def test_tile_means(grid_tyx, tile_tyx, dtype, monkeypatch) -> None:
+    grid = TileGrid(grid_tyx, tile_tyx)
+    torch.manual_seed(0)
+    x = surrounded((50 * torch.randn(2, grid.num_tokens, 3, 5)).to(dtype))
+    got = tile_mean(x, grid)
+    monkeypatch.setattr(pooling, "_KERNEL_DTYPES", ())
+    torch.testing.assert_close(got, tile_mean(x, grid), rtol=1e-6, atol=1e-5)
+    assert got.dtype == torch.float32
+
+
+def gate_inputs(grid: TileGrid, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    shape = (2, grid.num_tokens, 3, 40)
+    fine, dout, gate = (torch.randn(shape).to(dtype) for _ in range(3))
+    return fine, surrounded(dout), torch.randn(2, grid.num_tiles, 3, 40), surrounded(gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("grid_tyx", "tile_tyx"), CASES)
+def test_gate(grid_tyx, tile_tyx, dtype) -> None:
+    layouts = geometry.video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu")
+    fine, dout, coarse, gate = gate_inputs(layouts.grid, dtype)
+    of_token = coarse[:, layouts.tile_of_token]
+    out = _add_gated(fine, coarse, gate, torch.full_like(fine, NAN), layouts)
+    products = of_token.double() * gate.double()
+    assert_within_budget(out, fine.double() + products, fine + of_token.to(dtype) * gate)
+    again, dcoarse, dgate = _differentiate_gated(out, dout, coarse, gate, layouts)
+    assert_within_budget(again, out.double() - products, out - of_token.to(dtype) * gate)
+    assert_within_budget(dgate, dout.double() * of_token.double(), dout * of_token.to(dtype))
+    expected = torch.zeros_like(coarse, dtype=torch.float64)
+    expected.index_add_(1, layouts.tile_of_token, dout.double() * gate.double())
+    torch.testing.assert_close(dcoarse.double(), expected, rtol=1e-5, atol=1e-5)
+    in_place = fine.clone()
+    assert _add_gated(in_place, coarse, gate, in_place, layouts) is in_place
+    assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_whole_operation(dtype: torch.dtype) -> None:
+    grid_tyx, tile_tyx, num_text = (3, 4, 5), (2, 2, 2), 5
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    num_tokens = math.prod(grid_tyx)
+    inputs = {
+        "query": 3 * randn(1, num_tokens + num_text, 2, 16),
+        "key": 3 * randn(1, num_tokens + num_text, 1, 16),
+        "value": randn(1, num_tokens + num_text, 1, 16),
+        "gate": randn(1, num_tokens, 2, 16),
+    }
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    means = [pool_tiles(inputs[name], grid_tyx, tile_tyx=tile_tyx, num_replicated=num_text) for name in ("query", "key")]
+    bound = {"grid_tyx": grid_tyx, "tile_tyx": tile_tyx, "num_replicated": num_text, "sparsity": 0.6}
+    lists = selection.select_tiles(*means, 5)
+    assert_op_within_budget(
+        partial(video_sparse_attention, impl="triton", **bound),
+        partial(video_sparse_attention_reference, indices=lists, **bound),
+        inputs,
+    )
