@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Settings"]
+__all__ = ["AGREEMENT_MODES", "Settings"]
+
+AGREEMENT_MODES = ("auto", "new", "every", "off")
+"""When ranks compare their calls, see `fastvideo.distributed.agreement`."""
 
 
 @dataclass(frozen=True)
@@ -16,22 +19,45 @@ class Settings:
     Attributes:
         attention_backend: `FASTVIDEO_ATTENTION_BACKEND`, the name of a backend; `None` if unset, empty or "auto".
         local_rank: `LOCAL_RANK`, this process's place on its machine under `torchrun`; `None` outside.
+        agreement: `FASTVIDEO_AGREEMENT`, when ranks compare their calls: "auto" (the default), "new", "every" or "off".
+        agreement_timeout: `FASTVIDEO_AGREEMENT_TIMEOUT`, seconds for which a rank waits for its peers' word, 60 by default.
     """
 
     attention_backend: str | None = None
     local_rank: str | None = None
+    agreement: str = "auto"
+    agreement_timeout: float = 60.0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Read the settings from `environment`, by default the process's own.
 
+        Raises:
+            ValueError: A number isn't one, or a mode is unknown.
+
         Example:
-            >>> Settings.from_environment({"FASTVIDEO_ATTENTION_BACKEND": "TORCH_SDPA"})
-            Settings(attention_backend='TORCH_SDPA', local_rank=None)
+            >>> Settings.from_environment({"FASTVIDEO_ATTENTION_BACKEND": "TORCH_SDPA"}).attention_backend
+            'TORCH_SDPA'
         """
         variables = os.environ if environment is None else environment
         backend = variables.get("FASTVIDEO_ATTENTION_BACKEND", "").strip()
+        agreement = variables.get("FASTVIDEO_AGREEMENT", "").strip().lower() or "auto"
+        if agreement not in AGREEMENT_MODES:
+            raise ValueError(f"expected FASTVIDEO_AGREEMENT among {', '.join(AGREEMENT_MODES)}, got {agreement!r}")
         return cls(
             attention_backend=None if backend.lower() in ("", "auto") else backend,
             local_rank=variables.get("LOCAL_RANK") or None,
+            agreement=agreement,
+            agreement_timeout=_positive(variables, "FASTVIDEO_AGREEMENT_TIMEOUT", 60.0),
         )
+
+
+def _positive(variables: Mapping[str, str], name: str, default: float) -> float:
+    text = variables.get(name, "").strip()
+    try:
+        number = float(text) if text else default
+    except ValueError:
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"expected {name} as a positive number of seconds, got {text!r}")
+    return number

@@ -1,0 +1,229 @@
+"""One group's calls, counted and agreed upon through its process group's store.
+
+Every rank counts the calls that it makes. `_successors` holds, for each call, the one that all ranks were seen to make next.
+A rank whose next call is the only known successor needs no word of its peers; a rank that does anything else (a call that
+is new, or one of several known successors) first publishes its call under its number and reads its peers'. The tables
+change only when all ranks agree, so they are alike everywhere, and no two ranks can enter the transport with different calls:
+one that deviates from the rest stops before it. Ranks that went ahead and now wait for it inside the transport are what the
+`Watchdog` is for; where the transport can't be aborted (gloo), every call is confirmed instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+import weakref
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import distributed_c10d
+
+from fastvideo.distributed.agreement.records import Fields, decode, describe_difference, encode
+
+__all__ = ["Ledger", "RanksDisagree"]
+
+_NUM_REMEMBERED = 4096
+"""Calls that can be looked up for a peer that asks. A host runs ahead of its device by less than this."""
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks that share a sequence made different calls, or one of them stopped. The message names them and the difference."""
+
+
+_BRANCH: Fields = (("", "several known successors"),)
+_LOOK_EVERY = 0.05
+"""Seconds between two looks for a verdict, an answer or a process that ended."""
+
+
+class Ledger:
+    """The calls of one group on one rank.
+
+    Args:
+        ranks: Global ranks of the group.
+        rank: This process's place among `ranks`.
+        timeout: Seconds without a sign of life after which the `Watchdog` takes a peer for dead.
+        generation: How many ledgers of these ranks came before in this process; a store may outlive a process group.
+
+    Attributes:
+        count: Calls made so far.
+        waiting: Number of the call that waits for its peers, or 0.
+        failure: Why no further call may be made, or `None`.
+        raised: Whether a caller was told.
+        transports: Names of the process groups through which its ranks exchange tensors.
+        thread: Identifier of the thread that made the last call.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], rank: int, timeout: float, generation: int = 0) -> None:
+        self.ranks, self.rank, self.timeout, self.generation = ranks, rank, timeout, generation
+        self.transports: set[str] = set()
+        self.count = 0
+        self.waiting = 0
+        self.failure: str | None = None
+        self.raised = False
+        self.thread = threading.get_ident()
+        self.lock = threading.Lock()
+        self._previous: Fields | None = None
+        self._successors: dict[Fields | None, Fields] = {}
+        self._log: list[tuple[int, Fields] | None] = [None] * _NUM_REMEMBERED
+        self._world = weakref.ref(distributed_c10d._get_default_group())
+        self._published: set[int] = set()
+        digest = hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()[:10]
+        # A clone is a connection of its own: it keeps no server alive after the process group is destroyed.
+        clone = _default_store().clone()  # type: ignore[attr-defined]  # the stubs lack it
+        self.store = PrefixStore(f"fastvideo/agreement/{digest}/{generation}", clone)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the process group that this ledger was made for still is the one in use."""
+        return dist.is_initialized() and self._world() is dist.group.WORLD
+
+    @property
+    def peers(self) -> list[int]:
+        """Places of the others."""
+        return [place for place in range(len(self.ranks)) if place != self.rank]
+
+    def agree(self, fields: Fields, every: bool, timeout: float) -> None:
+        """Count a call and return once no rank of the group can be making another one.
+
+        Args:
+            fields: What the ranks have to agree on.
+            every: Confirm it although it is the only known successor.
+            timeout: Seconds to wait for peers.
+
+        Raises:
+            RanksDisagree: Another rank makes another call, or doesn't come in time.
+        """
+        if self.failure is not None:
+            self.raised = True
+            raise RanksDisagree(self.failure)
+        self.thread = threading.get_ident()
+        known = self._successors.get(self._previous)
+        number = self.count + 1
+        if every or known is None or known != fields:
+            self._confirm(number, fields, timeout)
+            self._successors[self._previous] = fields if known is None or known == fields else _BRANCH
+        self._log[number % _NUM_REMEMBERED] = (number, fields)
+        self.count = number
+        self._previous = fields
+
+    def answer(self, number: int) -> None:
+        """Publish a call that was made without a word, for a peer that asks for it."""
+        entry = self._log[number % _NUM_REMEMBERED]
+        if entry is not None and entry[0] == number:
+            self.store.set(f"answer/{self.rank}", encode(*entry))
+
+    def fail(self, text: str) -> RanksDisagree:
+        """Tell every rank that the group is broken, for the first reason that any of them gave, and return the error."""
+        with contextlib.suppress(RuntimeError):  # without a store each rank keeps its own reason
+            text = self.store.compare_set("verdict", "", text).decode()
+        with self.lock:
+            self.failure = text
+        return RanksDisagree(text)
+
+    def verdict(self) -> str | None:
+        """Return why another rank ended the group, or `None`."""
+        return self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
+
+    def leave(self) -> None:
+        """Tell peers that this process ends."""
+        with contextlib.suppress(RuntimeError):  # the store may have gone first
+            self.store.set(f"left/{self.rank}", str(self.count))
+
+    def _confirm(self, number: int, fields: Fields, timeout: float) -> None:
+        with self.lock:
+            self.waiting = number
+        try:
+            self.store.set(f"call/{self.rank}/{number % 2}", encode(number, fields))
+            self._wait_for_peers(number, fields, timeout)
+        except dist.DistNetworkError as error:
+            self.failure = (
+                f"{self._me} lost the store of the process group at call {number} of the shared attention ({_shown(fields)}): "
+                f"the process that hosts it, usually rank 0, has ended ({error})"
+            )
+            raise RanksDisagree(self.failure) from error
+        finally:
+            with self.lock:
+                self.waiting = 0
+                self.raised = self.failure is not None
+
+    def _wait_for_peers(self, number: int, fields: Fields, timeout: float) -> None:
+        start = time.monotonic()
+        pause, next_look = 0.0, start + _LOOK_EVERY
+        while True:
+            now = time.monotonic()
+            looks = now >= next_look
+            calls = self._calls_of_peers(number, with_answers=looks)
+            everyone = {self.ranks[place]: call for place, call in {**calls, self.rank: fields}.items()}
+            difference = describe_difference(number, everyone)
+            if difference is not None:
+                raise self.fail(difference)
+            if len(calls) == len(self.ranks) - 1:
+                return
+            if looks:
+                next_look = now + _LOOK_EVERY
+                missing = [place for place in self.peers if place not in calls]
+                self._look_for_trouble(number, fields, missing)
+                if now - start >= timeout:
+                    raise self._give_up(number, fields, missing, timeout)
+            time.sleep(pause)
+            pause = min(0.005, 1.5 * pause + 1e-5)
+
+    def _calls_of_peers(self, number: int, with_answers: bool) -> dict[int, Fields]:
+        """Return by place what peers published as their call `number`."""
+        # Two places in turn are enough: a peer overwrites one two calls later, when it has seen that this rank read it.
+        keys = {place: f"call/{place}/{number % 2}" for place in self.peers}
+        if number % 2 not in self._published:
+            if self.store.check(list(keys.values())):
+                self._published.add(number % 2)
+            else:
+                keys = {place: key for place, key in keys.items() if self.store.check([key])}
+        records = list(zip(keys, self.store.multi_get(list(keys.values())), strict=True)) if keys else []
+        if with_answers:
+            for place in self.peers:
+                if self.store.check([f"answer/{place}"]):
+                    records.append((place, self.store.get(f"answer/{place}")))
+        found = ((place, decode(record)) for place, record in records)
+        return {place: call for place, (at, call) in found if at == number}
+
+    def _look_for_trouble(self, number: int, fields: Fields, missing: list[int]) -> None:
+        verdict = self.verdict()
+        if verdict is not None:
+            raise self.fail(verdict)
+        for place in missing:
+            if self.store.check([f"left/{place}"]):
+                count = self.store.get(f"left/{place}").decode()
+                raise self.fail(
+                    f"rank {self.ranks[place]} ended after call {count} of the shared attention, "
+                    f"where {self._me} makes call {number} ({_shown(fields)})"
+                )
+
+    def _give_up(self, number: int, fields: Fields, missing: list[int], timeout: float) -> RanksDisagree:
+        absent = ", ".join(str(self.ranks[place]) for place in missing)
+        error = self.fail(
+            f"rank{'s' if len(missing) > 1 else ''} {absent} did not come to call {number} of the shared attention within "
+            f"{timeout:g} s, where {self._me} asks for {_shown(fields)}: dead, waiting elsewhere, or slow; raise "
+            "FASTVIDEO_AGREEMENT_TIMEOUT if slowness is expected"
+        )
+        # Who comes later finds no matching call, then the reason.
+        self.store.set(f"call/{self.rank}/{number % 2}", encode(0, ()))
+        return error
+
+    @property
+    def _me(self) -> str:
+        return f"rank {self.ranks[self.rank]}"
+
+
+def _shown(fields: Fields) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields if value)
+
+
+def _default_store() -> Store:
+    store = distributed_c10d._get_default_store()
+    if store is None:
+        raise RuntimeError(
+            "the default process group has no store through which ranks could agree; initialise it with one, "
+            "or set FASTVIDEO_AGREEMENT=off"
+        )
+    return store

@@ -1,0 +1,277 @@
+"""Run by test_agreement.py once per rank: what each rank is told when ranks make different calls.
+
+Every case starts with a process group of its own and reports what happened as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastvideo.distributed import agreement
+from fastvideo.distributed.agreement import RanksDisagree, agree
+from fastvideo.distributed.mesh import SequenceGroup
+
+RANK, SIZE, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+TIMEOUT = 20.0
+functional = torch.ops._c10d_functional
+
+
+def call(length: int, mode: str = "every", timeout: float = TIMEOUT, layer: str = "") -> float:
+    """Agree on a shape, gather one number of each rank through gloo, and return their sum."""
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    x = agree(torch.full((length,), RANK + 1.0), group, mode=mode, timeout=timeout, query=(1, length), layer=layer)
+    return gathered(x, group.name).view(SIZE, length)[:, 0].sum().item()
+
+
+def gathered(x: torch.Tensor, name: str) -> torch.Tensor:
+    return functional.wait_tensor(functional.all_gather_into_tensor(x, SIZE, name))
+
+
+def silent(length: int, timeout: float = TIMEOUT) -> None:
+    """A call in mode "new" whose transport is a wait in Python until every rank has entered it."""
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    agree(torch.zeros(1), group, mode="new", timeout=timeout, query=(1, length))
+    store, number = dist.distributed_c10d._get_default_store(), ledger().count
+    store.set(f"entered/{number}/{RANK}", "")
+    while not store.check([f"entered/{number}/{rank}" for rank in range(SIZE)]):
+        time.sleep(0.005)
+
+
+def ledger():
+    return agreement._ledgers[tuple(range(SIZE))]
+
+
+def constant_mismatch() -> str:
+    call(4 + RANK)
+    return "no error"
+
+
+def lone_new_shape() -> str:
+    sums = [call(4) for _ in range(3)]
+    assert sums == [3.0] * 3
+    call(4 + RANK)
+    return "no error"
+
+
+def other_order() -> str:
+    for length in (4, 9, 4, 9):
+        call(length)
+    call(4 if RANK == 0 else 9)
+    return "no error"
+
+
+def other_layers() -> str:
+    call(4, layer="blocks.0")
+    call(4, layer=f"blocks.{RANK + 1}")
+    return "no error"
+
+
+def late() -> str:
+    time.sleep(0.4 * RANK)
+    return str(call(4))
+
+
+def absent() -> str:
+    call(4)
+    if RANK == 1:
+        time.sleep(1.5)
+    call(4, timeout=0.8)
+    return "no error"
+
+
+def again_after_error() -> str:
+    try:
+        call(4 + RANK)
+    except RanksDisagree as first:
+        try:
+            call(4)
+        except RanksDisagree as second:
+            return f"same: {str(first) == str(second)}"
+    return "no error"
+
+
+class NoStore:
+    """Refuses the thread that makes calls; the watchdog may see it as a store that is gone."""
+
+    def __getattr__(self, name: str):
+        if threading.current_thread() is threading.main_thread():
+            raise AssertionError(f"a known call asked the store: {name}")
+        raise RuntimeError("gone")
+
+
+def known_calls_are_silent() -> str:
+    for length in (4, 9, 4, 9):
+        silent(length)
+    store, ledger().store = ledger().store, NoStore()
+    for length in (4, 9, 4):
+        agree(torch.zeros(1), SequenceGroup.from_mesh(dist.group.WORLD), mode="new", query=(1, length))
+    ledger().store = store
+    start = time.perf_counter()
+    x, group = torch.zeros(1), SequenceGroup.from_mesh(dist.group.WORLD)
+    for length in (9, 4) * 500:
+        agree(x, group, mode="new", query=(1, length))
+    return f"{(time.perf_counter() - start) * 1e3:.1f} µs"
+
+
+def new_lone_shape() -> str:
+    for _ in range(3):
+        silent(4)
+    silent(4 + RANK)
+    return "no error"
+
+
+def new_other_order() -> str:
+    for length in (4, 4, 9, 4, 9, 9, 4):  # after 4 and after 9 both were seen to follow
+        silent(length)
+    entered = ledger().count
+    try:
+        silent(4 if RANK == 0 else 9)
+    except RanksDisagree as error:
+        return f"{error} [entered {ledger().count - entered}]"
+    return "no error"
+
+
+def new_behind() -> str:
+    """Rank 0 is three known calls ahead when rank 1 deviates: hosts run ahead of a CUDA device."""
+    for _ in range(2):
+        silent(4)
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    ahead = 3 if RANK == 0 else 0
+    for _ in range(ahead):
+        agree(torch.zeros(1), group, mode="new", timeout=TIMEOUT, query=(1, 4))
+    silent(4 + 5 * RANK)
+    return "no error"
+
+
+def compiled() -> str:
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        x = agree(2 * x, group, timeout=TIMEOUT, query=tuple(x.shape))
+        return gathered(x, group.name)
+
+    run = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for length in (4, 9, 4):
+        assert run(torch.full((length,), RANK + 1.0)).view(SIZE, length)[:, 0].tolist() == [2.0, 4.0]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2, graphs
+    run(torch.ones(4 if RANK == 0 else 9))
+    return "no error"
+
+
+def gradient() -> str:
+    """Runs after `compiled`, which has paid for the compiler."""
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    run = torch.compile(lambda x: agree(x * 3, group, timeout=TIMEOUT) * x, fullgraph=True, backend="aot_eager")
+    x = torch.tensor([2.0], requires_grad=True)
+    run(x).sum().backward()
+    return str(x.grad.item())
+
+
+def killed() -> str:
+    call(4)
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    call(4, timeout=1.5)
+    return "no error"
+
+
+def killed_while_others_are_inside() -> str:
+    silent(4, timeout=1.5)
+    silent(4, timeout=1.5)
+    if RANK == 1:
+        time.sleep(0.6)  # long enough to have shown a sign of life
+        os.kill(os.getpid(), signal.SIGKILL)
+    silent(4, timeout=1.5)
+    return "no error"
+
+
+def killed_in_the_exchange() -> str:
+    call(4)
+    time.sleep(0.6)
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    agree(torch.zeros(1), group, timeout=TIMEOUT, query=(1, 4))
+    if RANK == 1:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        gathered(torch.zeros(1), group.name)
+    except RuntimeError as error:
+        raise agreement.explain_transport_error(error, group.name) from error
+    return "no error"
+
+
+def failed() -> str:
+    call(4)
+    if RANK == 1:
+        raise SystemExit(3)
+    call(4)
+    return "no error"
+
+
+def host_killed() -> str:
+    call(4)
+    if RANK == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    call(4)
+    return "no error"
+
+
+TOGETHER = (
+    constant_mismatch,
+    lone_new_shape,
+    other_order,
+    other_layers,
+    late,
+    absent,
+    again_after_error,
+    known_calls_are_silent,
+    new_lone_shape,
+    new_other_order,
+    new_behind,
+    compiled,
+    gradient,
+)
+
+
+def run(case: Callable[[], str], store: dist.Store) -> dict[str, object]:
+    store = dist.PrefixStore(case.__name__, store)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE, timeout=timedelta(seconds=60))
+    start = time.monotonic()
+    try:
+        told = case()
+    except RanksDisagree as error:
+        told = str(error)
+    except Exception:  # noqa: BLE001  # the report of one case must not hide the others
+        told = traceback.format_exc()
+    return {"told": told, "seconds": time.monotonic() - start}
+
+
+def main(names: str, port: int, host: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, SIZE, is_master=host == str(RANK), timeout=timedelta(seconds=60))
+    cases = TOGETHER if names == "together" else (globals()[names],)
+    for case in cases:
+        report = run(case, store)
+        (FOLDER / f"{case.__name__}.{RANK}.json").write_text(json.dumps(report))
+        if len(cases) > 1:
+            store.set(f"done/{case.__name__}/{RANK}", "")
+            store.wait([f"done/{case.__name__}/{rank}" for rank in range(SIZE)])
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[4], int(sys.argv[5]), sys.argv[6])

@@ -1,0 +1,155 @@
+"""Ranks that make different calls are told so, everywhere, with names; the cases stand in agreement_cases.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fastvideo.distributed.agreement.records import describe_difference
+from fastvideo.settings import Settings
+
+SCRIPT = Path(__file__).with_name("agreement_cases.py")
+Report = dict[str, str | float]
+
+
+def start_ranks(size: int, folder: Path, names: str, port: int, host: str = "launcher") -> list[subprocess.Popen]:
+    arguments = [str(size), str(folder), names, str(port), host]
+    return [subprocess.Popen([sys.executable, str(SCRIPT), str(rank), *arguments]) for rank in range(size)]
+
+
+def exit_codes(ranks: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Wait for every rank; none may be left running."""
+    try:
+        return [rank.wait(timeout=seconds) for rank in ranks]
+    finally:
+        [rank.kill() for rank in ranks]
+
+
+def read(folder: Path, name: str, rank: int) -> Report:
+    return json.loads((folder / f"{name}.{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def server() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture(scope="module")
+def together(server, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    assert exit_codes(start_ranks(2, folder, "together", server.port), 120) == [0, 0]
+    return folder
+
+
+DIFFERENCES = {
+    "constant_mismatch": "call 1 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
+    "lone_new_shape": "call 4 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
+    "other_order": "call 5 of their shared attention: rank 1 has query=(1, 9) where rank 0 has query=(1, 4)",
+    "other_layers": "call 2 of their shared attention: rank 1 has layer=blocks.2 where rank 0 has layer=blocks.1",
+    "new_lone_shape": "call 4 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
+    "new_other_order": "call 8 of their shared attention: rank 1 has query=(1, 9) where rank 0 has query=(1, 4) [entered 0]",
+    "new_behind": "call 3 of their shared attention: rank 1 has query=(1, 9) where rank 0 has query=(1, 4)",
+    "compiled": "call 4 of their shared attention: rank 1 has query=(9,) where rank 0 has query=(4,)",
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_every_rank_names_the_difference(together: Path, name: str) -> None:
+    for rank in range(2):
+        report = read(together, name, rank)
+        assert report["told"] == f"ranks disagree on {DIFFERENCES[name]}"
+        if name != "compiled":  # which takes longer than that to compile
+            assert report["seconds"] < 10, "the difference is known long before the timeout"
+
+
+def test_a_late_rank_is_waited_for(together: Path) -> None:
+    assert [read(together, "late", rank)["told"] for rank in range(2)] == ["3.0", "3.0"]
+
+
+def test_a_rank_that_does_not_come_is_named_on_all(together: Path) -> None:
+    told = {read(together, "absent", rank)["told"] for rank in range(2)}
+    assert len(told) == 1
+    assert told.pop().startswith("rank 1 did not come to call 2 of the shared attention within 0.8 s, where rank 0 asks for")
+    assert 0.7 < read(together, "absent", 0)["seconds"] < 1.5
+
+
+def test_a_broken_group_stays_broken(together: Path) -> None:
+    assert [read(together, "again_after_error", rank)["told"] for rank in range(2)] == ["same: True"] * 2
+
+
+def test_known_calls_cost_next_to_nothing(together: Path) -> None:
+    for rank in range(2):
+        told = str(read(together, "known_calls_are_silent", rank)["told"])
+        assert re.fullmatch(r"[\d.]+ µs", told), told
+        assert float(told.split()[0]) < 100, "a dictionary lookup, on a busy machine"
+
+
+def test_gradients_pass(together: Path) -> None:
+    assert [read(together, "gradient", rank)["told"] for rank in range(2)] == ["12.0"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "text", "within"),
+    [
+        ("killed", 3, "rank 1 did not come to call 2 of the shared attention within 1.5 s", 4.0),
+        ("killed_in_the_exchange", 2, "rank 1 ended in the exchange of call 2 of the shared attention: ", 8.0),
+        ("killed_while_others_are_inside", 2, "rank 1 has shown no sign of life for", 8.0),
+    ],
+)
+def test_a_killed_rank_ends_the_others(name: str, size: int, text: str, within: float, server, tmp_path: Path) -> None:
+    codes = exit_codes(start_ranks(size, tmp_path, name, server.port), 60)
+    assert codes == [0, -9, 0][:size]
+    for rank in range(0, size, 2):
+        report = read(tmp_path, name, rank)
+        assert str(report["told"]).startswith(text), report["told"]
+        assert report["seconds"] < within
+
+
+def test_a_rank_that_ends_is_named_at_once(server, tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(2, tmp_path, "failed", server.port), 60) == [0, 3]
+    report = read(tmp_path, "failed", 0)
+    assert report["told"] == ("rank 1 ended after call 1 of the shared attention, where rank 0 makes call 2 (query=(1, 4))")
+    assert report["seconds"] < 10
+
+
+def test_a_lost_store_is_an_error(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert exit_codes(start_ranks(2, tmp_path, "host_killed", port, host="0"), 60) == [-9, 0]
+    assert str(read(tmp_path, "host_killed", 1)["told"]).startswith("rank 1 lost the store of the process group at call 2")
+
+
+def test_what_most_ranks_ask_for_is_meant() -> None:
+    calls = dict.fromkeys(range(8), (("query", "(1, 4)"), ("dtype", "bfloat16")))
+    assert describe_difference(2, calls) is None
+    calls[0] = (("query", "(1, 4)"), ("dtype", "float32"))
+    assert describe_difference(2, calls) == (
+        "ranks disagree on call 2 of their shared attention: rank 0 has dtype=float32 where rank 1 has dtype=bfloat16"
+    )
+    calls |= {rank: (("query", f"(1, {rank})"), ("dtype", "bfloat16")) for rank in range(9, 20)}
+    text = str(describe_difference(2, calls))
+    assert "rank 11 has query=(1, 11) where rank 1 has" in text
+    assert text.endswith("and 8 more ranks deviate")
+
+
+def test_a_layer_without_a_name_fits_every_name() -> None:
+    assert describe_difference(1, {0: (("layer", ""),), 1: (("layer", "blocks.0"),)}) is None
+    assert "layer=blocks.1" in str(describe_difference(1, {0: (("layer", "blocks.1"),), 1: (("layer", "blocks.0"),)}))
+
+
+def test_settings() -> None:
+    settings = Settings.from_environment({"FASTVIDEO_AGREEMENT": "EVERY", "FASTVIDEO_AGREEMENT_TIMEOUT": "2.5"})
+    assert (settings.agreement, settings.agreement_timeout) == ("every", 2.5)
+    with pytest.raises(ValueError, match="expected FASTVIDEO_AGREEMENT among auto, new, every, off, got 'sometimes'"):
+        Settings.from_environment({"FASTVIDEO_AGREEMENT": "sometimes"})
+    for text in ("0", "-1", "soon", "inf"):
+        with pytest.raises(ValueError, match="positive number of seconds"):
+            Settings.from_environment({"FASTVIDEO_AGREEMENT_TIMEOUT": text})
