@@ -24,6 +24,7 @@ import torch
 
 from fastvideo.training.config import TrainConfig
 from fastvideo.training.curves import plot_runs
+from fastvideo.training.finetune.cli import add_recipes
 from fastvideo.training.trainer import RunOptions, Trainer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ _CHOICES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options: every field of `TrainConfig`, and those of a run."""
+    add_recipes(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, help="folder of the run: metrics.jsonl, checkpoint.pt, model/")
     run.add_argument("--device", default=None, help="cuda, cuda:1, cpu; by default cuda where there is one")
