@@ -1,0 +1,263 @@
+"""What the integration has to know about a family of models, and the list of the families it knows.
+
+A family says where attention happens and in which role, which processor of ours stands in for which of diffusers', how big the
+video behind a call is, and where tokens are cut when several devices share them. `register_family` adds one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import nn
+
+from fastvideo.integrations.plan import Place
+
+__all__ = ["Family", "Gather", "Processor", "ShardPlan", "Site", "Split", "find_family", "known_models", "register_family"]
+
+
+class Processor:
+    """An attention processor: a model's own projections, norms and positions around `attend`.
+
+    Subclasses give `__call__(attn, hidden_states, ...)` with the arguments that the model's attention module hands over.
+
+    Args:
+        attend: Attention at this place.
+    """
+
+    def __init__(self, attend: Any) -> None:
+        self.attend = attend
+
+    @property
+    def _parallel_config(self) -> None:
+        """diffusers' own context parallelism looks for this; it can't be had beside ours."""
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: object) -> None:
+        if config is not None:
+            raise ValueError(
+                "this model's attention runs by fastvideo.integrations.diffusers.apply; share its tokens over devices with "
+                "apply(..., parallel=mesh), or call remove(...) before enable_parallelism"
+            )
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention module and what replaces its processor.
+
+    Attributes:
+        place: Its name, role and layer.
+        processor: Our processor, built with an `Attend`.
+        replaces: Class names of the processors of diffusers that it does the work of; any other is refused.
+    """
+
+    place: Place
+    processor: type[Processor]
+    replaces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Keep this device's part of a tensor, or of each tensor in a list.
+
+    Attributes:
+        dim: What is cut.
+        num_dims: Cut only tensors of so many dims; `None` cuts all.
+        of_output: Cut what the module returns instead of what it is given.
+    """
+
+    dim: int
+    num_dims: int | None = None
+    of_output: bool = False
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Join the devices' parts of what a module returns along `dim`."""
+
+    dim: int
+
+
+ShardPlan: TypeAlias = "dict[str, dict[str | int, Split] | Gather]"
+"""By name of a module (`""` is the model, `"blocks.*"` each of a list): inputs by name or outputs by number, or the gather."""
+
+
+class Family(ABC):
+    """A family of models. Subclass it and hand an instance to `register_family`.
+
+    Attributes:
+        name: For people.
+        model_classes: Names of the model classes; subclasses of theirs belong too.
+    """
+
+    name: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> Iterable[Site]:
+        """Return every attention module of the model, in the order of layers."""
+
+    def video_shape(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:  # noqa: ARG002  # families look at it or not
+        """Return the latent's frames, height and width, and the patch size along the same axes, for one call.
+
+        Args:
+            model: The model.
+            inputs: Arguments of the call by name; those left out are missing.
+
+        Raises:
+            ValueError: The inputs don't tell.
+        """
+        raise ValueError(
+            f"{type(model).__name__} doesn't say how large its video is; call it inside "
+            "`with fastvideo.integrations.diffusers.denoising_step(step, grid_tyx=(t, y, x)):`"
+        )
+
+    def text_mask(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:  # noqa: ARG002  # families look at it or not
+        """Return which of the text tokens joined to the video are real, `[B, R]`, or `None` where all are."""
+        return None
+
+    def num_text(self, inputs: Mapping[str, Any]) -> int:  # noqa: ARG002  # families look at it or not
+        """Return how many text tokens are joined to the video's."""
+        return 0
+
+    def shard_plan(self, model: nn.Module) -> ShardPlan:
+        """Return where the model's tokens are cut and joined when several devices share them.
+
+        Raises:
+            NotImplementedError: The family has no such plan.
+        """
+        raise NotImplementedError(f"{self.name} models can't share their tokens over devices yet; leave out parallel")
+
+    def check(self, model: nn.Module, num_devices: int) -> None:  # noqa: B027  # most families refuse nothing
+        """Refuse a model of this family whose configuration isn't covered.
+
+        Raises:
+            NotImplementedError: It isn't.
+        """
+
+
+def from_cp_plan(model: nn.Module, replicated: Iterable[str] = ()) -> ShardPlan:
+    """Translate a model's own `_cp_plan`, leaving whole the inputs named in `replicated`.
+
+    diffusers cuts text too; here every device holds it, as replicated tokens or as the keys of cross attention.
+    """
+    plan: ShardPlan = {}
+    for path, entries in model._cp_plan.items():  # type: ignore[union-attr,operator]  # diffusers' own attribute
+        if not isinstance(entries, dict):
+            plan[path] = Gather(entries.gather_dim)
+            continue
+        kept = {
+            key: Split(entry.split_dim, entry.expected_dims, entry.split_output)
+            for key, entry in entries.items()
+            if key not in replicated
+        }
+        if kept:
+            plan[path] = kept
+    return plan
+
+
+_BUILT_INS = {
+    "WanTransformer3DModel": "wan:WanFamily",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video:HunyuanVideoFamily",
+    "LTXVideoTransformer3DModel": "ltx:LTXFamily",
+    "CogVideoXTransformer3DModel": "cogvideox:CogVideoXFamily",
+    "MochiTransformer3DModel": "mochi:MochiFamily",
+    "CosmosTransformer3DModel": "cosmos:CosmosFamily",
+    "FluxTransformer2DModel": "flux:FluxFamily",
+}
+_REGISTERED: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Teach the integration a family of models.
+
+    Args:
+        family: An instance of a subclass of `Family`.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: One of its model classes is known already, by another class of family.
+
+    Example:
+        >>> from fastvideo.integrations.diffusers.wan import WanFamily
+        >>> class MyFamily(WanFamily):
+        ...     name, model_classes = "My Wan", ("MyWanTransformer",)
+        >>> register_family(MyFamily())
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"expected an instance of a subclass of Family, got {family!r}")
+    for name in family.model_classes:
+        known = _REGISTERED.get(name)
+        if name in _BUILT_INS or (known is not None and type(known).__qualname__ != type(family).__qualname__):
+            raise ValueError(f"the model class {name!r} belongs to the family {find_by_name(name).name!r} already")
+    _REGISTERED.update(dict.fromkeys(family.model_classes, family))
+
+
+def find_by_name(name: str) -> Family:
+    """Return the family of a model class that is known by name."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    module, _, cls = _BUILT_INS[name].partition(":")
+    family: Family = getattr(importlib.import_module(f"fastvideo.integrations.diffusers.{module}"), cls)()
+    return family
+
+
+def known_models() -> tuple[str, ...]:
+    """Return the names of the model classes that have a family.
+
+    Example:
+        >>> "WanTransformer3DModel" in known_models()
+        True
+    """
+    return (*_BUILT_INS, *_REGISTERED)
+
+
+def is_known(model: object) -> bool:
+    """Return whether a model has a family."""
+    return any(cls.__name__ in known_models() for cls in inspect.getmro(type(model)))
+
+
+def find_family(model: nn.Module) -> Family:
+    """Return a model's family.
+
+    Raises:
+        ValueError: It has none; the message lists the known models and says how to add one.
+    """
+    for cls in inspect.getmro(type(model)):
+        if cls.__name__ in known_models():
+            return find_by_name(cls.__name__)
+    raise ValueError(
+        f"expected a model of a known class, got {type(model).__name__}; known are {', '.join(known_models())}. Add one with "
+        "fastvideo.integrations.diffusers.register_family(family), where family is an instance of your subclass of Family: "
+        "its `sites` name the model's attention modules and the Processor of each"
+    )
+
+
+def blocks_of(model: nn.Module, *lists: str) -> Iterable[tuple[int, str, nn.Module]]:
+    """Return number, name and module of each transformer block, across the lists of blocks in their order.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+        >>> [(number, path) for number, path, _ in blocks_of(model, "blocks")]
+        [(0, 'blocks.0'), (1, 'blocks.1')]
+    """
+    named = [(f"{name}.{i}", block) for name in lists for i, block in enumerate(getattr(model, name))]
+    return [(number, path, block) for number, (path, block) in enumerate(named)]
+
+
+def split_heads(attn: Any, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return `[B, S, H * D]` tensors as `[B, S, H, D]`."""
+    return [torch.unflatten(x, 2, (attn.heads, -1)) for x in tensors]
+
+
+def project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """Apply the output projection and its dropout to attention's output, `[B, S, H, D]`."""
+    projected: torch.Tensor = attn.to_out[1](attn.to_out[0](x.flatten(2, 3)))
+    return projected

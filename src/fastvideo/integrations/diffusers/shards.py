@@ -1,0 +1,142 @@
+"""A model's tokens shared by several devices: hooks that cut what goes into its blocks and join what comes out.
+
+Every device is handed the whole inputs and returns the whole output. Between, each works on its own part of the video's
+tokens; text is whole everywhere. Gradients add up as they do in data parallelism: let each device compute the loss on the
+whole output and average gradients over the devices, and each parameter's gradient is one device's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvideo.distributed import SequenceGroup, gather_sequence
+from fastvideo.integrations.diffusers.family import Gather, ShardPlan, Split
+
+__all__ = ["add_shard_hooks", "split_inputs"]
+
+
+class _SplitInputs:
+    """A forward pre-hook that cuts arguments by name."""
+
+    def __init__(self, path: str, names: tuple[str, ...], splits: dict[str, Split], group: SequenceGroup) -> None:
+        self.path, self.names, self.splits, self.group = path, names, splits, group
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return split_inputs(self.path, self.names, self.splits, self.group, args, kwargs)
+
+
+class _SplitOutputs:
+    """A forward hook that cuts what a module returns."""
+
+    def __init__(self, path: str, splits: dict[int, Split], group: SequenceGroup) -> None:
+        self.path, self.splits, self.group = path, splits, group
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return _split(f"{self.path}'s output", output, self.splits[0], self.group)
+        return tuple(
+            _split(f"{self.path}'s output {i}", x, self.splits[i], self.group) if i in self.splits else x
+            for i, x in enumerate(output)
+        )
+
+
+class _GatherOutput:
+    """A forward hook that joins the devices' parts of what a module returns."""
+
+    def __init__(self, dim: int, group: SequenceGroup) -> None:
+        self.dim, self.group = dim, group
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return gather_sequence(output, self.dim, self.group)
+
+
+def split_inputs(
+    path: str,
+    names: tuple[str, ...],
+    splits: dict[str, Split],
+    group: SequenceGroup,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with those named in `splits` cut.
+
+    Args:
+        path: Name of the module, for messages.
+        names: Its parameters, in order.
+        splits: What is cut.
+        group: The devices.
+        args: Positional arguments.
+        kwargs: Arguments by name.
+
+    Raises:
+        ValueError: A length doesn't divide by the number of devices.
+    """
+
+    def cut(name: str, value: Any) -> Any:
+        return _split(f"{path}'s {name}", value, splits[name], group) if name in splits else value
+
+    return (
+        tuple(cut(name, value) for name, value in zip(names, args, strict=False)),
+        {name: cut(name, value) for name, value in kwargs.items()},
+    )
+
+
+def _split(what: str, value: Any, split: Split, group: SequenceGroup) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([_split(what, x, split, group) for x in value])
+    if value is None or (split.num_dims is not None and value.dim() != split.num_dims):
+        return value
+    length = value.shape[split.dim]
+    if length % group.size:
+        raise ValueError(
+            f"{what} has {length} tokens, which {group.size} devices can't share equally; choose a size of the video whose "
+            f"number of tokens divides by {group.size}, or another number of devices"
+        )
+    # Plain indexing leaves each device the gradient of its own part, which averaging over devices makes whole.
+    return value.chunk(group.size, split.dim)[group.rank]
+
+
+def add_shard_hooks(model: nn.Module, plan: ShardPlan, group: SequenceGroup) -> Iterable[Any]:
+    """Register a plan's hooks on a model's submodules and yield their handles. The model's own inputs (`""`) are left out.
+
+    Raises:
+        ValueError: A module that the plan names doesn't exist.
+    """
+    for path, entry in plan.items():
+        if path == "":
+            continue
+        for name, module in _named(model, path):
+            if isinstance(entry, Gather):
+                yield module.register_forward_hook(_GatherOutput(entry.dim, group))
+                continue
+            outputs = {int(key): split for key, split in entry.items() if split.of_output}
+            inputs = {str(key): split for key, split in entry.items() if not split.of_output}
+            if outputs:
+                yield module.register_forward_hook(_SplitOutputs(name, outputs, group))
+            if inputs:
+                hook = _SplitInputs(name, parameter_names(module), inputs, group)
+                yield module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _named(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    if not path.endswith(".*"):
+        return [(path, model.get_submodule(path))]
+    parent = path[: -len(".*")]
+    return [(f"{parent}.{name}", child) for name, child in model.get_submodule(parent).named_children()]
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a module's `forward`, in order.
+
+    Example:
+        >>> parameter_names(nn.Linear(1, 1))
+        ('input',)
+    """
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

@@ -1,0 +1,123 @@
+"""Which denoising step a forward call belongs to.
+
+In a pipeline its scheduler knows: it counts the steps it has taken, whatever the number of forward calls per step
+(classifier-free guidance) and of models that share the steps (the two of Wan 2.2). A model on its own is told by
+`denoising_step`. Nothing is guessed from the order of calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastvideo.video.tiles import as_tyx
+
+__all__ = ["StepCounter", "denoising_step", "told_grid"]
+
+
+class _Told(threading.local):
+    """What the caller says about the calls inside. Set in `__init__`: Dynamo guards instance attributes only."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.grid_tyx: tuple[int, int, int] | None = None
+
+
+_told = _Told()
+
+
+@contextlib.contextmanager
+def denoising_step(step: int, *, grid_tyx: Sequence[int] | None = None) -> Iterator[None]:
+    """Say which denoising step the models called inside are at, on this thread; it counts before what a scheduler says.
+
+    Args:
+        step: Index of the step, from 0.
+        grid_tyx: The video's tokens along time, height and width, for a model whose inputs don't tell.
+
+    Raises:
+        TypeError: `step` is no integer.
+        ValueError: `step` is negative, or `grid_tyx` isn't three positive integers.
+
+    Example:
+        >>> with denoising_step(3):
+        ...     StepCounter(None).current({})
+        3
+    """
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"expected the step as an integer, got {step!r}")
+    if step < 0:
+        raise ValueError(f"expected a step >= 0, got {step}")
+    before = (_told.step, _told.grid_tyx)
+    _told.step, _told.grid_tyx = step, None if grid_tyx is None else as_tyx("grid_tyx", grid_tyx)
+    try:
+        yield
+    finally:
+        _told.step, _told.grid_tyx = before
+
+
+def told_grid() -> tuple[int, int, int] | None:
+    """Return the grid that the innermost `denoising_step` was given."""
+    return _told.grid_tyx
+
+
+class StepCounter:
+    """Finds the step of a forward call.
+
+    Args:
+        pipeline: The pipeline that the model is part of, or `None`. It is held weakly; copies and pickles of the model belong
+            to no pipeline.
+    """
+
+    def __init__(self, pipeline: Any | None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_pipeline": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:
+        return StepCounter(None)
+
+    def hint(self) -> int | None:
+        """Return the step where that costs nothing, for metadata that carries it; `None` otherwise."""
+        if _told.step is not None:
+            return _told.step
+        scheduler = getattr(None if self._pipeline is None else self._pipeline(), "scheduler", None)
+        return self.current({}) if hasattr(scheduler, "step_index") else None
+
+    def current(self, inputs: Mapping[str, Any]) -> int | None:
+        """Return the index of the step, or `None` where nobody knows it.
+
+        Args:
+            inputs: The arguments of the forward call by name; only a scheduler that doesn't count reads them.
+
+        Raises:
+            ValueError: The scheduler doesn't count, and the call's timestep is none of its timesteps.
+        """
+        if _told.step is not None:
+            return _told.step
+        pipeline = None if self._pipeline is None else self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is None:
+            return None
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index
+            # A pipeline that starts from an image or a video skips the first timesteps; its own first step is 0.
+            return 0 if index is None else int(index - (scheduler.begin_index or 0))
+        return _step_by_timestep(scheduler.timesteps, inputs.get("timestep"))
+
+
+def _step_by_timestep(timesteps: torch.Tensor, timestep: Any) -> int:
+    if isinstance(timestep, torch.Tensor):
+        timestep = timestep.flatten()[0].item()
+    found = (timesteps == timestep).nonzero()
+    if not len(found):
+        raise ValueError(
+            f"can't tell the denoising step: timestep {timestep} is none of the scheduler's {timesteps.tolist()}; call the "
+            "model inside `with fastvideo.integrations.diffusers.denoising_step(step):`"
+        )
+    return int(found[0])

@@ -1,0 +1,111 @@
+"""Wan 2.1 and 2.2 of diffusers: self attention over the video, cross attention to text, and to an image in I2V models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvideo.integrations.diffusers.family import (
+    Family,
+    Processor,
+    ShardPlan,
+    Site,
+    blocks_of,
+    from_cp_plan,
+    project_out,
+    split_heads,
+)
+from fastvideo.integrations.diffusers.rotary import rotate_neighbours
+from fastvideo.integrations.plan import Place
+
+__all__ = ["WanCrossProcessor", "WanFamily", "WanSelfProcessor"]
+
+_REPLACES = ("WanAttnProcessor", "WanAttnProcessor2_0")
+NUM_TEXT = 512
+"""Text tokens that Wan's pipelines always hand over; in I2V models the image's tokens stand before them."""
+
+
+class WanSelfProcessor(Processor):
+    """Self attention: QK norm over all heads, rotary positions."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend within the video, `[B, S, C]`; the arguments are those of diffusers' processor."""
+        if encoder_hidden_states is not None:
+            raise ValueError(f"{self.attend.place.path} is self attention, and got encoder_hidden_states")
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = split_heads(attn, attn.norm_q(query), attn.norm_k(key), value)
+        if rotary_emb is not None:
+            # The tables hold each pair's angle twice.
+            cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+            query, key = rotate_neighbours(query, cos, sin), rotate_neighbours(key, cos, sin)
+        output, _ = self.attend(query, key, value, mask=attention_mask)
+        return project_out(attn, output)
+
+
+class WanCrossProcessor(Processor):
+    """Cross attention to text and, where the model has weights for them, to the tokens of an image."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend from the video, `[B, S, C]`, to the text, `[B, R, C]`; the arguments are those of diffusers' processor."""
+        if encoder_hidden_states is None or rotary_emb is not None:
+            raise ValueError(f"{self.attend.place.path} is cross attention; it takes encoder_hidden_states and no rotary_emb")
+        image = None
+        if attn.add_k_proj is not None:
+            num_image = encoder_hidden_states.shape[1] - NUM_TEXT
+            image, encoder_hidden_states = encoder_hidden_states[:, :num_image], encoder_hidden_states[:, num_image:]
+        if attn.fused_projections:
+            key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        query = attn.norm_q(attn.to_q(hidden_states))
+        query, key, value = split_heads(attn, query, attn.norm_k(key), value)
+        output = self.attend(query, key, value, attention_mask)
+        if image is not None:
+            if attn.fused_projections:
+                image_key, image_value = attn.to_added_kv(image).chunk(2, dim=-1)
+            else:
+                image_key, image_value = attn.add_k_proj(image), attn.add_v_proj(image)
+            image_key, image_value = split_heads(attn, attn.norm_added_k(image_key), image_value)
+            output = output + self.attend(query, image_key, image_value)
+        return project_out(attn, output)
+
+
+class WanFamily(Family):
+    """Wan's video transformers."""
+
+    name = "Wan"
+    model_classes = ("WanTransformer3DModel",)
+
+    def sites(self, model: nn.Module) -> Iterable[Site]:
+        """Return `attn1`, within the video, and `attn2`, to text and image, of each block."""
+        for number, path, _ in blocks_of(model, "blocks"):
+            yield Site(Place(f"{path}.attn1", "self", number), WanSelfProcessor, _REPLACES)
+            yield Site(Place(f"{path}.attn2", "cross", number), WanCrossProcessor, _REPLACES)
+
+    def video_shape(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the latent's shape and the patch size: latents are `[B, C, T, Y, X]`."""
+        return tuple(inputs["hidden_states"].shape[2:]), tuple(model.config.patch_size)  # type: ignore[union-attr,arg-type]
+
+    def shard_plan(self, model: nn.Module) -> ShardPlan:
+        """Return the model's own plan."""
+        return from_cp_plan(model)
