@@ -87,6 +87,11 @@ class BatchSource:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         return Batch(clean.to(device), noise, shift_noise_levels(levels, config.noise_shift), text.to(dtype))
 
+    @property
+    def num_shapes(self) -> int:
+        """How many shapes the batches of a run have."""
+        return len({self._shapes[batch[0]] for batch in self._batches})
+
     def shape(self, step: int) -> Shape:
         """Return the shapes of a step's latents and texts."""
         return self._shapes[self._indices(step)[0]]

@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             folder=args.out,
             accumulation=args.accumulation,
             checkpointing=not args.no_checkpointing,
+            compiled=args.compile,
             log_interval=args.log_interval,
             eval_interval=args.eval_interval,
             eval_batches=args.eval_batches,

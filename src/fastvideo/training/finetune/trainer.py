@@ -6,6 +6,7 @@ folder `run.json`, `metrics.jsonl`, `checkpoints/`, and at its end `model/`, the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -45,6 +46,7 @@ class RunOptions:
         folder: Where the run keeps its files.
         accumulation: In how many parts a device works through its share of a batch.
         checkpointing: Recompute blocks in backward, to save memory.
+        compiled: The blocks are compiled: room is made for a graph of each sparsity and shape, and evaluations run without.
         log_interval: Steps between two lines of training loss.
         eval_interval: Steps between two evaluations of the held-out loss, where there is held-out data.
         eval_batches: Batches of an evaluation.
@@ -58,6 +60,7 @@ class RunOptions:
     folder: Path
     accumulation: int = 1
     checkpointing: bool = True
+    compiled: bool = False
     log_interval: int = 10
     eval_interval: int = 250
     eval_batches: int = 4
@@ -117,6 +120,15 @@ class Finetuner:
 
     def run(self) -> Finetuner:
         """Train to the last step or to the time limit; export the averaged weights if the last step was reached."""
+        if not self.options.compiled:
+            return self._run()
+        import torch._dynamo  # here, because it takes a second
+
+        count = 8 + len(set(map(self.config.sparsity_at, range(self.config.max_steps)))) * self.batches.num_shapes
+        with torch._dynamo.config.patch(recompile_limit=count, accumulated_recompile_limit=max(256, 2 * count)):
+            return self._run()
+
+    def _run(self) -> Finetuner:
         config, options = self.config, self.options
         self._started = time.monotonic()
         losses: list[Tensor] = []
@@ -211,10 +223,12 @@ class Finetuner:
         masters = [local(parameter).clone() for parameter in self.parameters]
         self._write(self.average)
         found = {}
-        for name, level in levels.items():
-            batches = map(self.held_out.part, range(self.options.eval_batches))
-            losses = [self.loss(batch, level).double().mean() for batch in batches]
-            found[name] = self.on.mean(torch.stack(losses)).mean().item()
+        # Graphs without gradients would have to be compiled for it.
+        with torch.compiler.set_stance("force_eager") if self.options.compiled else contextlib.nullcontext():
+            for name, level in levels.items():
+                batches = map(self.held_out.part, range(self.options.eval_batches))
+                losses = [self.loss(batch, level).double().mean() for batch in batches]
+                found[name] = self.on.mean(torch.stack(losses)).mean().item()
         self._write(masters)
         return found
 
