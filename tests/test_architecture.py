@@ -14,9 +14,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "fastvideo"
 # Higher rows may import lower rows, never the other way round. The longest prefix decides where a module belongs.
 FLOORS = (
     ("fastvideo.cli", "fastvideo.training", "fastvideo.__main__"),
-    ("fastvideo.models", "fastvideo.integrations"),
+    ("fastvideo.models", "fastvideo.integrations", "fastvideo.benchmark"),
     ("fastvideo.attention", "fastvideo.attention.layer", "fastvideo.attention.streaming", "fastvideo.attention.kv_cache"),
-    ("fastvideo.attention.functional",),
+    ("fastvideo.attention.parallel",),
+    ("fastvideo.attention.functional", "fastvideo.attention.parts"),
     ("fastvideo.attention.dispatch", "fastvideo.attention.explain"),
     ("fastvideo.attention.selector",),
     ("fastvideo.attention.registry",),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
@@ -43,11 +43,13 @@ class ForwardContext:
         current_timestep: Index of the denoising step. Layers never read it, so that a change compiles nothing anew.
         attn_metadata: One metadata object, or a mapping from metadata class to object.
         forward_batch: Anything the caller wants to carry along.
+        shard_lengths: Tokens of each rank's shard of the sequence; `None` means that they weren't given.
     """
 
     current_timestep: int
     attn_metadata: MetadataInContext
     forward_batch: Any = None
+    shard_lengths: tuple[int, ...] | None = None
 
 
 class _ThreadState(threading.local):
@@ -58,6 +60,7 @@ class _ThreadState(threading.local):
         self.attn_metadata: MetadataInContext = None
         self.backend_wish: str | None = None
         self.sequence_group: Any = None
+        self.shard_lengths: tuple[int, ...] | None = None
 
     def snapshot(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -82,7 +85,11 @@ def restored(**values: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_forward_context(
-    current_timestep: int, attn_metadata: MetadataInContext, forward_batch: Any = None
+    current_timestep: int,
+    attn_metadata: MetadataInContext,
+    forward_batch: Any = None,
+    *,
+    shard_lengths: Sequence[int] | None = None,
 ) -> Iterator[ForwardContext]:
     """Carry a step's metadata to every attention layer called inside, on this thread.
 
@@ -91,9 +98,12 @@ def set_forward_context(
         attn_metadata: One metadata object, a mapping from metadata class to object (several sparse backends in one
             model), or `None`.
         forward_batch: Anything that code inside wants to find again by `get_forward_context()`.
+        shard_lengths: Tokens of each rank's shard where several devices share the sequence, in the order of ranks and the
+            same on all; `None` leaves those of `sequence_parallel(...)`, by default equal shards.
 
     Raises:
-        TypeError: `attn_metadata` is none of these.
+        TypeError: `attn_metadata` is none of these, or `shard_lengths` are no integers.
+        ValueError: A shard length is negative.
 
     Example:
         >>> with set_forward_context(current_timestep=7, attn_metadata=None):
@@ -101,8 +111,10 @@ def set_forward_context(
         7
     """
     _check_metadata(attn_metadata)
-    context = ForwardContext(current_timestep, attn_metadata, forward_batch)
-    with restored(context=context, attn_metadata=attn_metadata):
+    lengths = check_shard_lengths(shard_lengths)
+    context = ForwardContext(current_timestep, attn_metadata, forward_batch, lengths)
+    lengths = thread_state.shard_lengths if lengths is None else lengths
+    with restored(context=context, attn_metadata=attn_metadata, shard_lengths=lengths):
         yield context
 
 
@@ -143,6 +155,27 @@ def checkpoint(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
     if torch.compiler.is_compiling():  # the context is already folded into the graph
         return torch_checkpoint(call, use_reentrant=False)  # type: ignore[no-any-return]
     return torch_checkpoint(call, use_reentrant=False, context_fn=checkpoint_context_fn)  # type: ignore[no-any-return]
+
+
+def check_shard_lengths(shard_lengths: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return shard lengths as a tuple of integers, or `None` for none.
+
+    Raises:
+        TypeError: They are no sequence of integers.
+        ValueError: One is negative.
+
+    Example:
+        >>> check_shard_lengths([3, 0])
+        (3, 0)
+    """
+    if shard_lengths is None:
+        return None
+    is_sequence = isinstance(shard_lengths, (tuple, list))
+    if not is_sequence or not all(isinstance(length, int) and not isinstance(length, bool) for length in shard_lengths):
+        raise TypeError(f"expected shard_lengths as a tuple of integers, one per rank, got {shard_lengths!r:.80}")
+    if any(length < 0 for length in shard_lengths):
+        raise ValueError(f"expected shard_lengths >= 0, got {shard_lengths}")
+    return tuple(shard_lengths)
 
 
 def _check_metadata(attn_metadata: MetadataInContext) -> None:

@@ -250,8 +250,8 @@ def test_replicated_tokens_that_do_not_fit() -> None:
     q, k, v = qkv()
     text = torch.ones(2, 5, 4, 16)
     layer = DistributedAttention(4, 16)
-    with pytest.raises(NotImplementedError, match="got only replicated_k, replicated_v"):
-        layer(q, k, v, None, text, text)
+    with pytest.raises(ValueError, match="got only replicated_q, replicated_v"):
+        layer(q, k, v, text, None, text)
     with pytest.raises(ValueError, match="replicated tokens"):
         layer(q, k, v, text[:, :3], text, text)
     with pytest.raises(TypeError, match="replicated tokens"):

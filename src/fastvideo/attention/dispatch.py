@@ -155,14 +155,14 @@ class Dispatcher:
             self.last = decision
         if key in _shared:
             return _shared[key]
-        _make_own(self.token, key, call["num_heads"], call["num_kv_heads"])
+        _make_own(self.token, key, call["num_heads"], call["num_kv_heads"], call["is_causal"])
         return self.own[key]
 
-    def make_own(self, key: str, num_heads: int, num_kv_heads: int) -> None:
+    def make_own(self, key: str, num_heads: int, num_kv_heads: int, is_causal: bool) -> None:
         """Build the layer's own implementation for a key, if it is new."""
         if key not in self.own:
             prefix = f"{self.prefix}.impl" if self.prefix else ""
-            sizes = (num_heads, self.head_size, self.softmax_scale, self.causal, num_kv_heads)
+            sizes = (num_heads, self.head_size, self.softmax_scale, is_causal, num_kv_heads)
             self.own[key] = _build(key.split()[0], sizes, prefix, self.extra_impl_args)
 
 
@@ -203,8 +203,8 @@ def _select_while_tracing(
 
 
 @constant_while_tracing
-def _make_own(token: int, key: str, num_heads: int, num_kv_heads: int) -> None:
-    _dispatchers[token].make_own(key, num_heads, num_kv_heads)
+def _make_own(token: int, key: str, num_heads: int, num_kv_heads: int, is_causal: bool) -> None:
+    _dispatchers[token].make_own(key, num_heads, num_kv_heads, is_causal)
 
 
 def _build(name: str, sizes: tuple[int, int, float, bool, int], prefix: str, extra: dict[str, Any]) -> Selected:

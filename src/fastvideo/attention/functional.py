@@ -150,23 +150,26 @@ def describe_call(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     gate: torch.Tensor | None = None,
+    replicated: tuple[torch.Tensor | None, ...] | None = None,
     out: torch.Tensor | None = None,
     num_replicated: int = 0,
-    world_size: int = 1,
+    layout: str = "local",
+    lengths: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Return the fields of a checked call's `AttentionRequest`, as after heads are exchanged over `world_size` devices.
+    """Return the fields of a checked call's `AttentionRequest`.
 
-    Lengths of `query` and `key` are those of this device's shard, without the replicated tokens.
+    `lengths` are the queries and keys that the backend will see, where other devices' tokens or replicated ones join those of
+    `query` and `key`.
     """
     mask_needs_grad = attn_mask is not None and attn_mask.requires_grad
-    inputs_need_grad = query.requires_grad or key.requires_grad or value.requires_grad or mask_needs_grad
-    needs_grad = torch.is_grad_enabled() and (inputs_need_grad or (gate is not None and gate.requires_grad))
+    inputs = (query, key, value, attn_mask, gate, *(replicated or ()))
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     return dict(  # noqa: C408  # reads as the class it becomes
-        num_heads=query.shape[2] // world_size,
-        num_kv_heads=key.shape[2] // world_size,
+        num_heads=query.shape[2],
+        num_kv_heads=key.shape[2],
         head_size=query.shape[3],
-        query_len=query.shape[1] * world_size + num_replicated,
-        key_len=key.shape[1] * world_size + num_replicated,
+        query_len=query.shape[1] if lengths is None else lengths[0],
+        key_len=key.shape[1] if lengths is None else lengths[1],
         dtype=query.dtype,
         device=query.device.type,
         batch=query.shape[0],
@@ -180,7 +183,7 @@ def describe_call(
         has_gate=gate is not None,
         has_out=out is not None,
         num_replicated=num_replicated,
-        layout="local" if world_size == 1 else "ulysses",
+        layout=layout,
     )
 
 
@@ -194,7 +197,7 @@ def run_impl(
     tensors: tuple[torch.Tensor, ...],
     metadata: AttentionMetadata | None,
     extras: dict[str, Any],
-    replicated: tuple[torch.Tensor, ...] | None = None,
+    replicated: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None,
 ) -> Any:
     """Run preprocess, forward and postprocess of an implementation on one device.
 
@@ -203,10 +206,10 @@ def run_impl(
         tensors: Query, key and value, and the gate if there is one.
         metadata: The step's metadata.
         extras: Keyword arguments of `forward`.
-        replicated: Replicated query, key and value, joined after the first hook.
+        replicated: Replicated query, key and value, joined after the first hook; query may be `None`.
 
     Returns:
-        What `forward` returns; with `replicated`, the pair of sequence part and replicated part.
+        What `forward` returns; with `replicated`, the pair of sequence part and replicated part, `None` without its query.
     """
     impl: Any = selected.impl  # its keyword arguments are those of its backend
     if selected.has_preprocess:
@@ -228,10 +231,13 @@ def run_impl(
         return output, impl.postprocess_output(lse[0].unsqueeze(-1), metadata).squeeze(-1)
     length = query.shape[1]
     if "num_replicated" in selected.keywords:
-        extras = {**extras, "num_replicated": replicated[0].shape[1]}
-    joined = [torch.cat(pair, dim=1) for pair in zip((query, key, value), replicated, strict=True)]
+        extras = {**extras, "num_replicated": replicated[1].shape[1]}
+    joined = [
+        own if more is None else torch.cat([own, more], dim=1)
+        for own, more in zip((query, key, value), replicated, strict=True)
+    ]
     output = impl.forward(*joined, metadata, **extras)
-    sequence, rest = output[:, :length], output[:, length:]
+    sequence, rest = output[:, :length], None if replicated[0] is None else output[:, length:]
     if selected.has_postprocess:
         sequence = impl.postprocess_output(sequence, metadata)
     return sequence, rest

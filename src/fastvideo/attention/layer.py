@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +15,18 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
-from fastvideo.attention.dispatch import Dispatcher, Selected, check_sequence, find_metadata
+from fastvideo.attention.dispatch import Dispatcher, check_sequence, find_metadata
 from fastvideo.attention.functional import describe_call, forward_extras, run_impl
+from fastvideo.attention.parallel import (
+    Chosen,
+    SharedCall,
+    agreed,
+    heads_at_backend,
+    lengths_at_backend,
+    replicated_last,
+    run_shared,
+    shard_lengths_of,
+)
 from fastvideo.attention.rope import apply_rope
 from fastvideo.attention.selector import BackendWish, Decision
 from fastvideo.attention.validation import (
@@ -28,14 +40,11 @@ from fastvideo.attention.validation import (
     check_sizes,
     mask_kind,
 )
-from fastvideo.distributed.mesh import LOCAL, SequenceGroup, as_sequence_group, current_sequence_group
-from fastvideo.distributed.shards import keep_own_part
-from fastvideo.distributed.ulysses import check_heads, exchange_mask, gather_heads, heads_to_tokens, tokens_to_heads
+from fastvideo.distributed.layouts import LAYOUTS, Layout, resolve_layout
+from fastvideo.distributed.mesh import SequenceGroup, as_sequence_group, current_sequence_group
 from fastvideo.platforms import AttentionBackendEnum
 
 __all__ = ["DistributedAttention", "DistributedAttention_VSA", "LocalAttention"]
-
-_Replicated = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _AttentionLayer(nn.Module):
@@ -90,8 +99,8 @@ class _AttentionLayer(nn.Module):
             f"softmax_scale={self.softmax_scale:.6g}, causal={self.causal}"
         )
 
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        check_qkv(q, k, v)
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, may_lack_tokens: bool = False) -> None:
+        check_qkv(q, k, v, may_lack_tokens=may_lack_tokens)
         if q.shape[2:] != (self.num_heads, self.head_size) or k.shape[2] != self.num_kv_heads:
             raise ValueError(
                 f"this layer has {self.num_heads} query and {self.num_kv_heads} key heads of size {self.head_size}, "
@@ -200,16 +209,22 @@ class LocalAttention(_AttentionLayer):
 
 
 class DistributedAttention(_AttentionLayer):
-    """Attention over tokens that are shared by several devices, with tokens that every device holds joined at the end.
+    """Attention over tokens that several devices share, with tokens that every device holds joined to them.
 
-    Each device holds an equal shard of the sequence. Ulysses swaps tokens of all heads for all tokens of some heads, attends,
-    and swaps back, so that the numbers are those of one device. The devices are, in this order, those of `mesh`, of the
-    `fastvideo.distributed.sequence_parallel(mesh)` scope, or of the default process group where one is initialised; on one
-    device nothing is exchanged and no process group is needed.
+    Each device holds a shard of the sequence: any lengths, given with the step's context (`set_forward_context(...,
+    shard_lengths=)`), or equal ones. The numbers are those of one device, for any number of heads. The devices are, in this
+    order, those of `mesh`, of the `fastvideo.distributed.sequence_parallel(mesh)` scope, of `init_sequence_parallel`, or of the
+    default process group where one is initialised; on one device nothing is exchanged and no process group is needed.
+
+    Layouts: `"ulysses"` swaps tokens of all heads for all tokens of some heads, attends, and swaps back. `"ring"` leaves
+    queries where they are, fetches keys from one device after another and merges; `"gather"` fetches them all at once. On a
+    mesh with dims `"ring"` and `"ulysses"` both happen along their dims, and `layout` says how keys are shared along the
+    former. `"auto"` takes Ulysses where heads keep the devices busy. A sparse backend needs `"ulysses"`.
 
     Gradients: the global loss is the sum over devices of their local losses, and a loss on the replicated output is counted
     once (on one device, or a share on each). Then every gradient equals one device's: that of a shard directly, that of a
-    replicated input on every device (`replicated_grad="reduced"`), or its sum over devices (`"partial"`).
+    replicated input, and of a mask's rows for it, on every device (`replicated_grad="reduced"`), or its sum over devices
+    (`"partial"`).
 
     Args:
         num_heads: Query heads, of all devices together.
@@ -220,14 +235,18 @@ class DistributedAttention(_AttentionLayer):
         supported_attention_backends: Backends that may run here; `None` means every one.
         prefix: The layer's dotted name in its model.
         backend: The backend of this layer, by name: it runs or raises.
-        mesh: The devices that share the sequence: a one-dimensional `DeviceMesh`, one with a dim `"ulysses"`, or a process
-            group.
+        mesh: The devices that share the sequence: a one-dimensional `DeviceMesh`, one with dims `"ring"` and `"ulysses"`, or
+            a process group.
+        layout: `"auto"`, `"ulysses"`, `"ring"` or `"gather"`: a named one runs or raises.
+        joint_strategy: Where replicated tokens stand in a mask: `"rear"`, behind the sequence, or `"front"`.
         replicated_grad: `"reduced"` or `"partial"`, see above.
+        head_groups: Into how many groups Ulysses cuts a device's heads, so that one travels while another is computed;
+            `None` takes 1 on CPU, and elsewhere as many as divide its heads, up to 4.
         **extra_impl_args: Handed to the implementation, which refuses what it doesn't know.
 
     Raises:
         TypeError: A size, the scale or the mesh is of a wrong type.
-        ValueError: A size, the scale or `replicated_grad` is out of range.
+        ValueError: A size, the scale, or one of the named choices is out of range.
         UnknownBackend: A backend's name is unknown.
 
     Example:
@@ -250,7 +269,10 @@ class DistributedAttention(_AttentionLayer):
         *,
         backend: BackendWish | None = None,
         mesh: DeviceMesh | ProcessGroup | SequenceGroup | None = None,
+        layout: str = "auto",
+        joint_strategy: str = "rear",
         replicated_grad: str = "reduced",
+        head_groups: int | None = None,
         **extra_impl_args,
     ) -> None:
         super().__init__(
@@ -264,9 +286,19 @@ class DistributedAttention(_AttentionLayer):
             prefix,
             extra_impl_args,
         )
-        if replicated_grad not in ("reduced", "partial"):
-            raise ValueError(f"expected replicated_grad 'reduced' or 'partial', got {replicated_grad!r}")
+        for name, value, known in (
+            ("layout", layout, LAYOUTS),
+            ("joint_strategy", joint_strategy, ("rear", "front")),
+            ("replicated_grad", replicated_grad, ("reduced", "partial")),
+        ):
+            if value not in known:
+                raise ValueError(f"expected {name} as one of {', '.join(known)}, got {value!r}")
+        if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
+            raise ValueError(f"expected head_groups as a positive integer or None, got {head_groups!r}")
+        self.layout = layout
+        self.joint_strategy = joint_strategy
         self.replicated_grad = replicated_grad
+        self.head_groups = head_groups
         self.sequence_group = as_sequence_group(mesh)
 
     def forward(
@@ -281,33 +313,40 @@ class DistributedAttention(_AttentionLayer):
         attn_mask: torch.Tensor | None = None,
         freqs_cis: tuple[torch.Tensor, torch.Tensor] | None = None,
         attn_metadata: AttentionMetadata | None = None,
+        shard_lengths: Sequence[int] | None = None,
+        kv_shard_lengths: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over the whole sequence, each device from its own tokens.
 
         Args:
-            q: This device's queries, `[B, S_q, H, D]`.
-            k: This device's keys, `[B, S_kv, H_kv, D]`.
+            q: This device's queries, `[B, S_q, H, D]`; `S_q` may be 0 on some devices.
+            k: This device's keys, `[B, S_kv, H_kv, D]`; `S_kv` may be 0, on all devices where replicated keys are given.
             v: This device's values, `[B, S_kv, H_kv, D]`.
-            replicated_q: Queries that every device holds, `[B, R, H, D]`, with their keys and values or not at all. They
-                follow the sequence: all see all.
-            replicated_k: Their keys, `[B, R, H_kv, D]`.
+            replicated_q: Queries that every device holds, `[B, R, H, D]`, with their keys and values; all see all.
+            replicated_k: Keys that every device holds, `[B, R, H_kv, D]`, with values, and with queries or without.
             replicated_v: Their values, `[B, R, H_kv, D]`.
             attn_mask: Key padding, sharded like the keys, bool `[B, S_kv + R]`; or a full mask of this device's rows over
-                all keys, `[B|1, H|1, S_q + R, P S_kv + R]`.
+                all N keys, `[B|1, H|1, S_q + R, N + R]`, without the R rows where there are no replicated queries. With
+                `joint_strategy="front"` the replicated tokens come first.
             freqs_cis: Cosines and sines `[S, D/2]` of a rotary embedding for this device's `q` and `k`. Replicated tokens
                 aren't rotated.
             attn_metadata: The step's metadata; `None` takes it from the forward context.
+            shard_lengths: Queries of each device; `None` takes those of the step's context, then equal shards.
+            kv_shard_lengths: Keys of each device; `None` means those of the queries, or equal shards of another sequence.
 
         Returns:
             The output of this device's tokens, `[B, S_q, H, D]`, and that of the replicated ones, `[B, R, H, D]`, or `None`.
 
         Raises:
             TypeError: A type or dtype is wrong, or the metadata is of another backend's class.
-            ValueError: A shape, device or value is wrong, heads don't divide by the devices, or needed metadata is missing.
+            ValueError: A shape, length, device or value is wrong, the layout contradicts the mesh, or needed metadata is
+                missing.
             NotImplementedError: Causal attention between unequal lengths or with replicated tokens.
-            BackendUnavailable: No backend that may run here can.
+            BackendUnavailable: No backend that may run here can, in this layout.
         """
-        return self._attend(q, k, v, (replicated_q, replicated_k, replicated_v), None, attn_mask, freqs_cis, attn_metadata)
+        replicated = (replicated_q, replicated_k, replicated_v)
+        lengths = (shard_lengths, kv_shard_lengths)
+        return self._attend(q, k, v, replicated, None, attn_mask, freqs_cis, attn_metadata, lengths)
 
     def _attend(
         self,
@@ -319,73 +358,61 @@ class DistributedAttention(_AttentionLayer):
         attn_mask: torch.Tensor | None,
         freqs_cis: tuple[torch.Tensor, torch.Tensor] | None,
         attn_metadata: AttentionMetadata | None,
+        given_lengths: tuple[Sequence[int] | None, Sequence[int] | None],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v, gate, attn_mask, *replicated = autocast(q, k, v, gate, attn_mask, *replicated)  # type: ignore[assignment]
-        self._check(q, k, v)
+        self._check(q, k, v, may_lack_tokens=True)
         group = current_sequence_group(self.sequence_group)
-        check_heads(self.num_heads, self.num_kv_heads, group)
         rest = check_replicated(q, k, tuple(replicated))
-        num_replicated = 0 if rest is None else rest[0].shape[1]
+        lengths, kv_lengths = shard_lengths_of(q, k, group, given_lengths, has_more=rest is not None)
         if self.causal:
-            check_causal_lengths(q.shape[1], k.shape[1])
-            if rest is not None:
+            check_causal_lengths(sum(lengths), sum(kv_lengths))
+            if lengths != kv_lengths or rest is not None:
                 raise NotImplementedError(
-                    "causal attention with replicated tokens leaves open which tokens see which; pass a bool attn_mask instead"
+                    "causal attention with replicated tokens, or with keys sharded unlike queries, leaves open which tokens "
+                    "see which; pass a bool attn_mask instead"
                 )
-        if gate is not None and not isinstance(gate, torch.Tensor):
-            raise TypeError(f"expected gate_compress as a tensor like q or None, got {type(gate).__name__}")
-        if gate is not None and (gate.shape != q.shape or gate.dtype != q.dtype or gate.device != q.device):
-            raise ValueError(f"expected gate_compress like q, {tuple(q.shape)} {q.dtype}, got {tuple(gate.shape)} {gate.dtype}")
-        rows = (q.shape[0], q.shape[1] + num_replicated, self.num_heads, self.head_size)
-        is_sharded = isinstance(attn_mask, torch.Tensor) and attn_mask.dim() == 2
-        kind = mask_kind(attn_mask, rows, k.shape[1] * (1 if is_sharded else group.size) + num_replicated, q)
-        call = describe_call(
-            q, k, v, attn_mask, kind, self.softmax_scale, self.causal,
-            gate=gate, num_replicated=num_replicated, world_size=group.size,
+        _check_gate(gate, q)
+        call = SharedCall(
+            q, k, v, gate, rest, attn_mask, lengths, kv_lengths, self.causal, self.softmax_scale,
+            reduces=self.replicated_grad == "reduced",
         )  # fmt: skip
-        selected = self._dispatcher.select(call, metadata=attn_metadata)
-        metadata = find_metadata(selected, attn_metadata)
-        check_sequence(selected, metadata, q.shape[1] * group.size)
+        rows = (q.shape[0], q.shape[1] + call.num_rows, self.num_heads, self.head_size)
+        is_padding = isinstance(attn_mask, torch.Tensor) and attn_mask.dim() == 2
+        kind = mask_kind(attn_mask, rows, (k.shape[1] if is_padding else sum(kv_lengths)) + call.num_more, q)
+        if self.joint_strategy == "front":
+            call = replicated_last(call)
+        layout = resolve_layout(self.layout, group, self.num_heads, needs_whole_sequence=self._default_backend is not None)
+        call = replace(call, head_groups=self._num_head_groups(q, layout))
+        chosen = self._choose(call, kind, layout, attn_metadata)
+        metadata = find_metadata(chosen.whole, attn_metadata)
+        check_sequence(chosen.whole, metadata, sum(lengths))
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
-        tensors = (q, k, v) if gate is None else (q, k, v, gate)
-        if group == LOCAL:
-            return self._run(selected, tensors, rest, attn_mask, metadata)
-        return self._run_ulysses(selected, tensors, rest, attn_mask, metadata, group)
+        call = replace(call, query=q, key=k, metadata=metadata)
+        return run_shared(agreed(call, group, layout, chosen, kind, self.prefix), group, layout, chosen)
 
-    def _run(
-        self,
-        selected: Selected,
-        tensors: tuple[torch.Tensor, ...],
-        replicated: _Replicated | None,
-        attn_mask: torch.Tensor | None,
-        metadata: AttentionMetadata | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        result = run_impl(selected, tensors, metadata, forward_extras(attn_mask=attn_mask), replicated)
-        return (result, None) if replicated is None else result
+    def _num_head_groups(self, q: torch.Tensor, layout: Layout) -> int:
+        """Return into how many groups Ulysses cuts each device's heads; groups are alike, so their number divides."""
+        wanted = (1 if q.device.type == "cpu" else 4) if self.head_groups is None else self.head_groups
+        size = layout.ulysses.size
+        fitting = [groups for groups in range(1, wanted + 1) if self.num_kv_heads % (groups * size) == 0]
+        return max(fitting, default=1) if size > 1 else 1
 
-    def _run_ulysses(
-        self,
-        selected: Selected,
-        tensors: tuple[torch.Tensor, ...],
-        replicated: _Replicated | None,
-        attn_mask: torch.Tensor | None,
-        metadata: AttentionMetadata | None,
-        group: SequenceGroup,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        num_replicated = 0 if replicated is None else replicated[0].shape[1]
-        if attn_mask is not None:
-            attn_mask = exchange_mask(attn_mask, self.num_heads, num_replicated, group)
-        if tensors[0].shape[1] == tensors[1].shape[1]:
-            tensors = tokens_to_heads(tensors, group)
-        else:  # cross attention: queries (and gate) and keys with values differ in length
-            query, key, value, *gate = tensors
-            query, *gate = tokens_to_heads((query, *gate), group)
-            tensors = (query, *tokens_to_heads((key, value), group), *gate)
-        if replicated is not None:
-            replicated = tuple(keep_own_part(x, 2, group, self.replicated_grad) for x in replicated)  # type: ignore[assignment]
-        output, rest = self._run(selected, tensors, replicated, attn_mask, metadata)
-        return heads_to_tokens(output, group), None if rest is None else gather_heads(rest, group)
+    def _choose(self, call: SharedCall, kind: str | None, layout: Layout, metadata: AttentionMetadata | None) -> Chosen:
+        """Return what runs a group of this device's heads."""
+        (query_len, key_len), merges = lengths_at_backend(call, layout)
+        num_heads, num_kv_heads = heads_at_backend(call, layout)
+        fields = describe_call(
+            call.query, call.key, call.value, call.mask, kind, self.softmax_scale, self.causal,
+            gate=call.gate, replicated=call.replicated, num_replicated=call.num_more, return_lse=merges,
+            layout=layout.name, lengths=(query_len, key_len),
+        )  # fmt: skip
+        fields = {**fields, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        # Causal attention in parts runs causal on the diagonal, and the parts beside it without.
+        beside = self._dispatcher.select({**fields, "is_causal": False}, None, metadata) if merges and self.causal else None
+        whole = self._dispatcher.select(fields, None, metadata)
+        return Chosen(whole, whole if beside is None else beside)
 
 
 class DistributedAttention_VSA(DistributedAttention):
@@ -424,6 +451,8 @@ class DistributedAttention_VSA(DistributedAttention):
         attn_mask: torch.Tensor | None = None,
         freqs_cis: tuple[torch.Tensor, torch.Tensor] | None = None,
         attn_metadata: AttentionMetadata | None = None,
+        shard_lengths: Sequence[int] | None = None,
+        kv_shard_lengths: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend as `DistributedAttention` does, over selected tiles.
 
@@ -438,12 +467,26 @@ class DistributedAttention_VSA(DistributedAttention):
             attn_mask: Refused by VSA; for backends that take one.
             freqs_cis: Cosines and sines `[S, D/2]` of a rotary embedding for this device's `q` and `k`.
             attn_metadata: The step's metadata; `None` takes it from the forward context.
+            shard_lengths: Tokens of each device; `None` takes those of the step's context, then equal shards.
+            kv_shard_lengths: The same; for backends that take other keys.
 
         Returns:
             The output of this device's tokens, `[B, S, H, D]`, and that of the replicated ones, `[B, R, H, D]`, or `None`.
         """
         replicated = (replicated_q, replicated_k, replicated_v)
-        return self._attend(q, k, v, replicated, gate_compress, attn_mask, freqs_cis, attn_metadata)
+        lengths = (shard_lengths, kv_shard_lengths)
+        return self._attend(q, k, v, replicated, gate_compress, attn_mask, freqs_cis, attn_metadata, lengths)
+
+
+def _check_gate(gate: torch.Tensor | None, q: torch.Tensor) -> None:
+    if gate is None:
+        return
+    # Not the annotated type where a caller hands over something else.
+    given: object = gate
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(f"expected gate_compress as a tensor like q or None, got {type(given).__name__}")
+    if gate.shape != q.shape or gate.dtype != q.dtype or gate.device != q.device:
+        raise ValueError(f"expected gate_compress like q, {tuple(q.shape)} {q.dtype}, got {tuple(gate.shape)} {gate.dtype}")
 
 
 def _meant(extra_impl_args: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class AttentionRequest:
         has_out: An output buffer is handed over.
         num_replicated: How many of the last tokens are text that every device holds.
         metadata_cls: Class of the one step metadata at hand; `None` where there is none, or a mapping of several.
-        layout: `"local"`, or `"ulysses"` when heads have been exchanged for sequence.
+        layout: `"local"`; `"ulysses"` when heads have been exchanged for sequence; `"ring"` or `"gather"` when queries stay and
+            keys come from other devices; or `"ulysses+ring"`, `"ulysses+gather"`.
         system: The machine; `None` until selection fills it in.
     """
 
@@ -67,6 +68,11 @@ class AttentionRequest:
     metadata_cls: type[AttentionMetadata] | None = None
     layout: str = "local"
     system: System | None = field(default=None)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether each device attends from a part of the queries only."""
+        return self.layout not in ("local", "ulysses")
 
     @property
     def softmax_scale(self) -> float:

@@ -57,8 +57,8 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"expected a finite softmax scale, got {scale}; None means head_size ** -0.5")
 
 
-def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Check that query, key and value, `[B, S, H, D]`, belong together.
+def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, may_lack_tokens: bool = False) -> None:
+    """Check that query, key and value, `[B, S, H, D]`, belong together; `may_lack_tokens` lets S be 0.
 
     Raises:
         TypeError: One is no tensor, or their dtypes are not one common floating dtype.
@@ -71,7 +71,7 @@ def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> No
             raise ValueError(f"expected {name} as [batch, seq, heads, head_size], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in _FLOAT_DTYPES:
             raise TypeError(f"expected {name} in float16, bfloat16, float32 or float64, got {tensor.dtype}; convert it")
-        if 0 in tensor.shape:
+        if 0 in (tensor.shape[0], *tensor.shape[2:]) or (tensor.shape[1] == 0 and not may_lack_tokens):
             raise ValueError(f"expected {name} without empty dims, got shape {tuple(tensor.shape)}")
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(
@@ -200,33 +200,33 @@ def _is_castable(argument: object) -> TypeGuard[torch.Tensor]:
 
 def check_replicated(
     query: torch.Tensor, key: torch.Tensor, replicated: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None:
     """Check replicated query, key and value, `[B, R, H, D]`, against the sequence's; return them, or `None` for none.
 
+    Keys and values may come without queries.
+
     Raises:
-        NotImplementedError: Only some of the three are given.
         TypeError: Their dtype differs from the sequence's.
-        ValueError: Their shapes or device don't fit.
+        ValueError: Keys or values are missing, or shapes or device don't fit.
     """
     q, k, v = replicated
     if q is None and k is None and v is None:
         return None
-    if q is None or k is None or v is None:
+    if k is None or v is None:
         given = [name for name, x in zip("qkv", replicated, strict=True) if x is not None]
-        raise NotImplementedError(
-            f"replicated tokens come with query, key and value, got only replicated_{', replicated_'.join(given)}"
-        )
-    check_qkv(q, k, v)
-    if q.dtype != query.dtype or q.device != query.device:
-        raise TypeError(f"expected replicated tokens as {query.dtype} on {query.device}, got {q.dtype} on {q.device}")
-    if (
-        q.shape[1] != k.shape[1]
-        or q.shape[0] != query.shape[0]
-        or q.shape[2:] != query.shape[2:]
-        or k.shape[2:] != key.shape[2:]
-    ):
         raise ValueError(
-            f"expected replicated tokens [batch, R, heads, head_size] like query {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}, got query {tuple(q.shape)} and key {tuple(k.shape)}"
+            "replicated tokens come as query, key and value, or as key and value, got only "
+            f"replicated_{', replicated_'.join(given)}"
         )
+    check_qkv(k if q is None else q, k, v)
+    for name, x, like in (("query", q, query), ("key", k, key)):
+        if x is None:
+            continue
+        if x.dtype != like.dtype or x.device != like.device:
+            raise TypeError(f"expected replicated tokens as {like.dtype} on {like.device}, got {x.dtype} on {x.device}")
+        if x.shape[1] != k.shape[1] or x.shape[0] != like.shape[0] or x.shape[2:] != like.shape[2:]:
+            raise ValueError(
+                f"expected replicated tokens [batch, R, heads, head_size] with a {name} like {tuple(like.shape)} and R = "
+                f"{k.shape[1]} as of the key, got {tuple(x.shape)}"
+            )
     return q, k, v

@@ -1,13 +1,22 @@
-"""Sequence parallelism over `torch.distributed`: who shares a sequence, and how heads and tokens change places."""
+"""Sequence parallelism over `torch.distributed`: who shares a sequence, and how tokens, heads and keys travel."""
 
-from fastvideo.distributed.mesh import SequenceGroup, current_sequence_group, sequence_parallel, sequence_parallel_world
-from fastvideo.distributed.shards import gather_sequence, shard_sequence
+from fastvideo.distributed.mesh import (
+    SequenceGroup,
+    current_sequence_group,
+    init_sequence_parallel,
+    sequence_parallel,
+    sequence_parallel_world,
+)
+from fastvideo.distributed.shards import gather_sequence, key_padding_shard, shard_sequence, split_lengths
 
 __all__ = [
     "SequenceGroup",
     "current_sequence_group",
     "gather_sequence",
+    "init_sequence_parallel",
+    "key_padding_shard",
     "sequence_parallel",
     "sequence_parallel_world",
     "shard_sequence",
+    "split_lengths",
 ]

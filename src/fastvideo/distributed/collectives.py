@@ -1,60 +1,240 @@
-"""Differentiable collectives that `torch.compile` traces, on gloo and NCCL.
+"""Differentiable collectives of unequal parts, which `torch.compile` traces, on gloo and NCCL.
 
-The names of torch's own autograd collectives differ between releases, so these are built on the functional ones, which
-don't. Gradients follow one convention: the global loss is the sum over ranks of their local losses.
+One operation carries every layout: each rank cuts its tensor into one part per rank along one dim, and joins what comes along
+another. Its gradient is the same operation the other way round: where parts overlap, their gradients add up. The convention
+throughout is that the global loss is the sum over ranks of their local losses.
+
+An exchange is launched and finished separately, so that computation can run in between; in the backward pass too, where what
+was finished last is launched first. The names of torch's own autograd collectives differ between releases, so these are built
+on the functional ones, which don't.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvideo.distributed.mesh import SequenceGroup
 
-__all__ = ["all_gather", "all_to_all"]
+__all__ = [
+    "Cut",
+    "Interval",
+    "Launched",
+    "Route",
+    "all_gather",
+    "consecutive",
+    "exchange",
+    "finish_exchange",
+    "gather_route",
+    "launch_exchange",
+    "start",
+    "sum_gradient",
+    "unpack",
+    "wait",
+]
 
 _functional = torch.ops._c10d_functional
 
-
-def all_to_all(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """Send `x[r]` to rank r and return what came, by sender. `x`: `[size, ...]`."""
-    return _AllToAll.apply(x, group.name, group.size)  # type: ignore[no-any-return,no-untyped-call]
+Interval = tuple[int, int]
+"""First index and the one after the last."""
 
 
-def all_gather(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """Return every rank's `x`, stacked: `[size, *x.shape]`. The gradient is summed over ranks."""
-    return _AllGather.apply(x, group.name, group.size)  # type: ignore[no-any-return,no-untyped-call]
+class Cut(NamedTuple):
+    """How a tensor falls into one part per rank: part `r` is made of `parts[r]`, intervals along `dim`, one after another."""
+
+    dim: int
+    parts: tuple[tuple[Interval, ...], ...]
 
 
-def _exchange(x: torch.Tensor, name: str, size: int) -> torch.Tensor:
-    splits = [x.shape[0] // size] * size
-    sent = _functional.all_to_all_single(x.contiguous(), splits, splits, name)
-    return _functional.wait_tensor(sent)  # type: ignore[no-any-return]
+class Route(NamedTuple):
+    """An exchange as one rank sees it.
+
+    Attributes:
+        send: How its tensor is cut.
+        receive: How what it receives is joined.
+        source: Shape of what it sends.
+        shape: Shape of what it receives.
+    """
+
+    send: Cut
+    receive: Cut
+    source: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def back(self) -> Route:
+        """Return the route that gradients take."""
+        return Route(self.receive, self.send, self.shape, self.source)
 
 
-def _gather(x: torch.Tensor, name: str, size: int) -> torch.Tensor:
-    gathered = _functional.all_gather_into_tensor(x.contiguous().flatten(), size, name)
-    return _functional.wait_tensor(gathered).view(size, *x.shape)  # type: ignore[no-any-return]
+class Launched(NamedTuple):
+    """An exchange on its way.
+
+    Attributes:
+        received: What comes, flat; not to be read yet.
+        sent: Stands for what was sent, without memory of its own: in the backward pass its gradient is what comes back.
+        route: The route.
+    """
+
+    received: torch.Tensor
+    sent: torch.Tensor
+    route: Route
 
 
-class _AllToAll(torch.autograd.Function):
+def consecutive(dim: int, lengths: Sequence[int]) -> Cut:
+    """Return the cut along `dim` into neighbouring parts of `lengths`.
+
+    Example:
+        >>> consecutive(1, (3, 2))
+        Cut(dim=1, parts=(((0, 3),), ((3, 5),)))
+    """
+    stops = [sum(lengths[: rank + 1]) for rank in range(len(lengths))]
+    return Cut(dim, tuple(((stop - length, stop),) for stop, length in zip(stops, lengths, strict=True)))
+
+
+def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tensor:
+    """Send part `r` of `x` to rank `r`, and return the parts that came, joined."""
+    return finish_exchange(launch_exchange(x, route, group), group)
+
+
+def launch_exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> Launched:
+    """Start an exchange; hand the result to `finish_exchange`, and read it nowhere else."""
+    received, sent = _Launch.apply(x, route, group.name)  # type: ignore[no-untyped-call]
+    return Launched(received, sent, route)
+
+
+def finish_exchange(launched: Launched, group: SequenceGroup) -> torch.Tensor:
+    """Wait for a launched exchange and return the parts that came, joined."""
+    return _Finish.apply(*launched, group.name)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def gather_route(shape: Sequence[int], dim: int, lengths: Sequence[int]) -> Route:
+    """Return the route on which everyone gets everyone's tensor, joined along `dim`; rank `r` has `lengths[r]` there."""
+    everything = Cut(dim, (((0, shape[dim]),),) * len(lengths))
+    return Route(everything, consecutive(dim, lengths), tuple(shape), (*shape[:dim], sum(lengths), *shape[dim + 1 :]))
+
+
+def all_gather(x: torch.Tensor, dim: int, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
+    """Return every rank's `x` joined along `dim`, on every rank; rank `r` has `lengths[r]` there.
+
+    The gradient is summed over the ranks.
+    """
+    return x if group.size == 1 else exchange(x, gather_route(x.shape, dim % x.dim(), lengths), group)
+
+
+def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """Return `x`, which every rank holds and uses in part; its gradient is summed over the ranks."""
+    if group.size == 1 or not x.is_floating_point():
+        return x
+    return _SumGradient.apply(x, group.name)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def start(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
+    """Start an exchange without gradient; read the result after `wait`, by `unpack`."""
+    sent, received = _counts(route.send, route.source), _counts(route.receive, route.shape)
+    sends_all = all(part == ((0, route.source[route.send.dim]),) for part in route.send.parts)
+    if sends_all and len(set(received)) == 1:
+        return _functional.all_gather_into_tensor(x.contiguous().view(-1), len(sent), name)  # type: ignore[no-any-return]
+    return _functional.all_to_all_single(pack(x, route.send), received, sent, name)  # type: ignore[no-any-return]
+
+
+def wait(started: torch.Tensor) -> torch.Tensor:
+    """Wait for what `start` returned."""
+    return _functional.wait_tensor(started)  # type: ignore[no-any-return]
+
+
+def pack(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Return the parts of `x` one after another, flat."""
+    dim, parts = cut
+    if _is_in_order(cut, x.shape[dim]):
+        if math.prod(x.shape[:dim]) == 1:
+            return x.reshape(-1)
+        lengths = {stop - start for ((start, stop),) in parts}
+        if len(lengths) == 1:
+            return torch.unflatten(x, dim, (len(parts), -1)).movedim(dim, 0).reshape(-1)
+    pieces = [x.narrow(dim, first, last - first).reshape(-1) for part in parts for first, last in part]
+    return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, x.new_empty(0)])
+
+
+def unpack(flat: torch.Tensor, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the tensor of `shape` whose parts are those of `flat`; where they overlap they are added, elsewhere it is 0."""
+    dim, parts = cut
+    size = len(parts)
+    if _is_in_order(cut, shape[dim]):
+        if math.prod(shape[:dim]) == 1:
+            return flat.view(shape)
+        lengths = [stop - start for ((start, stop),) in parts]
+        if len(set(lengths)) == 1:
+            part = (*shape[:dim], lengths[0], *shape[dim + 1 :])
+            return flat.view(size, *part).movedim(0, dim).reshape(shape)
+        pieces = _split(flat, cut, shape)
+        return torch.cat(pieces, dim=dim)
+    if all(part == ((0, shape[dim]),) for part in parts):
+        return flat.view(size, *shape).sum(dim=0)
+    intervals = [interval for part in parts for interval in part]
+    if intervals == [(0, shape[dim])]:
+        return flat.view(shape)
+    whole = flat.new_zeros(shape)
+    for (first, last), piece in zip(intervals, _split(flat, cut, shape), strict=True):
+        whole.narrow(dim, first, last - first).add_(piece)
+    return whole
+
+
+def _counts(cut: Cut, shape: tuple[int, ...]) -> list[int]:
+    """Return the elements of each part of a tensor of `shape`."""
+    row = math.prod(shape[: cut.dim]) * math.prod(shape[cut.dim + 1 :])
+    return [row * sum(stop - start for start, stop in part) for part in cut.parts]
+
+
+def _split(flat: torch.Tensor, cut: Cut, shape: tuple[int, ...]) -> list[torch.Tensor]:
+    row = math.prod(shape[: cut.dim]) * math.prod(shape[cut.dim + 1 :])
+    lengths = [stop - start for part in cut.parts for start, stop in part]
+    pieces = torch.split(flat, [row * length for length in lengths])
+    return [piece.view(*shape[: cut.dim], length, *shape[cut.dim + 1 :]) for piece, length in zip(pieces, lengths, strict=True)]
+
+
+def _is_in_order(cut: Cut, length: int) -> bool:
+    """Return whether the parts are one interval each, and cover the dim from its start to its end."""
+    position = 0
+    for part in cut.parts:
+        if len(part) != 1 or part[0][0] != position:
+            return False
+        position = part[0][1]
+    return position == length
+
+
+class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, name: str, size: int) -> torch.Tensor:
-        ctx.group = (name, size)
-        return _exchange(x, name, size)
+    def forward(ctx: Any, x: torch.Tensor, route: Route, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.route = route
+        received = start(x, route, name)
+        ctx.mark_non_differentiable(received)
+        return received, x.new_empty(1).expand(sum(_counts(route.send, route.source)))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _exchange(grad, *ctx.group), None, None
+    def backward(ctx: Any, _received: torch.Tensor, returned: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return unpack(wait(returned), ctx.route.send, ctx.route.source), None, None
 
 
-class _AllGather(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, name: str, size: int) -> torch.Tensor:
-        ctx.group = (name, size)
-        return _gather(x, name, size)
+    def forward(ctx: Any, received: torch.Tensor, _sent: torch.Tensor, route: Route, name: str) -> torch.Tensor:
+        ctx.route, ctx.name = route, name
+        return unpack(wait(received), route.receive, route.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _exchange(grad, *ctx.group).sum(dim=0), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
+        return None, start(grad, ctx.route.back(), ctx.name), None, None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return wait(_functional.all_reduce(grad.contiguous(), "sum", ctx.name)), None

@@ -1,98 +1,195 @@
-"""A replicated tensor cut into one shard per rank, and back."""
+"""A tensor cut into one shard per rank, and back; and the lengths of shards.
+
+Lengths come from the caller: as an argument, or with the step's context (`set_forward_context(..., shard_lengths=)` or
+`sequence_parallel(mesh, shard_lengths=)`). Without them shards are equal. No rank asks its peers.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from fastvideo.distributed.collectives import _gather, all_gather
+from fastvideo.compilation import plain
+from fastvideo.distributed.collectives import all_gather, sum_gradient
 from fastvideo.distributed.mesh import SequenceGroup, current_sequence_group
+from fastvideo.forward_context import check_shard_lengths, thread_state
 
-__all__ = ["gather_sequence", "keep_own_part", "shard_sequence", "sum_gradient"]
+__all__ = ["gather_sequence", "key_padding_shard", "resolve_lengths", "shard_sequence", "split_lengths"]
 
 
-def shard_sequence(x: torch.Tensor, dim: int = 1, group: SequenceGroup | None = None) -> torch.Tensor:
+def split_lengths(length: int, num_shards: int) -> tuple[int, ...]:
+    """Cut `length` tokens into shards that differ by one at most, longer ones first.
+
+    Raises:
+        ValueError: `length` is negative or `num_shards` isn't positive.
+
+    Example:
+        >>> split_lengths(8, 3)
+        (3, 3, 2)
+    """
+    if length < 0 or num_shards < 1:
+        raise ValueError(f"expected length >= 0 and num_shards >= 1, got {length} and {num_shards}")
+    whole, rest = divmod(length, num_shards)
+    return (whole + 1,) * rest + (whole,) * (num_shards - rest)
+
+
+def resolve_lengths(
+    own_length: int, group: SequenceGroup, given: Sequence[int] | None = None, what: str = "shard_lengths"
+) -> tuple[int, ...]:
+    """Return the shard lengths of a sequence of which this rank holds `own_length` tokens; equal ones where none are given.
+
+    Raises:
+        TypeError: The lengths are no integers.
+        ValueError: They are of another number of ranks, or this rank's differs.
+
+    Example:
+        >>> resolve_lengths(8, current_sequence_group())
+        (8,)
+    """
+    lengths = check_shard_lengths(given)
+    own_length = plain(own_length)
+    if lengths is None:
+        return (own_length,) * group.size
+    if len(lengths) != group.size:
+        raise ValueError(f"expected {what} of the {group.size} ranks that share the sequence, got {lengths}")
+    if lengths[group.rank] != own_length:
+        raise ValueError(
+            f"{what}={lengths} give rank {group.rank} {lengths[group.rank]} tokens, and its tensor has {own_length}; set those "
+            "of this step with set_forward_context(..., shard_lengths=), or hand them to the layer"
+        )
+    return lengths
+
+
+def shard_sequence(
+    x: torch.Tensor,
+    dim: int = 1,
+    group: SequenceGroup | None = None,
+    *,
+    shard_lengths: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Return this rank's part of a tensor that every rank holds.
 
     Its gradient is the whole one on every rank, under the convention that the global loss is the sum of local losses.
 
+    Args:
+        x: The same on every rank.
+        dim: What is cut.
+        group: The ranks; `None` means those that count here.
+        shard_lengths: Length of each rank's part; `None` takes those of the step's context, then equal parts.
+
     Raises:
-        ValueError: The length doesn't divide by the number of ranks.
+        ValueError: The lengths don't add up to that of `x`, or there are none and it doesn't divide by the number of ranks.
 
     Example:
         >>> torch.equal(shard_sequence(torch.arange(6), dim=0), torch.arange(6))
         True
     """
     group = current_sequence_group(group)
-    length = x.shape[dim]
-    if length % group.size:
-        fitting = [size for size in range(1, group.size + 1) if length % size == 0]
-        raise ValueError(
-            f"a sequence of {length} tokens can't be divided over {group.size} devices; "
-            f"{', '.join(map(str, fitting))} devices would fit, or a length that is a multiple of {group.size}"
-        )
-    return keep_own_part(x, dim, group)
-
-
-def keep_own_part(x: torch.Tensor, dim: int, group: SequenceGroup, grad: str = "reduced") -> torch.Tensor:
-    """Return part `group.rank` of `group.size` of a replicated tensor along `dim`.
-
-    Args:
-        x: The same on every rank; `dim` divides by `group.size`.
-        dim: What is cut: tokens or heads.
-        group: The ranks.
-        grad: `"reduced"`: the gradient of `x` is the whole one, gathered from the ranks. `"partial"`: it is zero outside
-            this rank's part, and the caller sums over ranks.
-    """
+    lengths = _whole_lengths(x.shape[dim], group, shard_lengths)
     if group.size == 1:
         return x
-    if grad == "reduced":
-        return _KeepOwnPart.apply(x, dim % x.dim(), group.name, group.size, group.rank)  # type: ignore[no-any-return,no-untyped-call]
-    return x.chunk(group.size, dim)[group.rank]
+    first = sum(lengths[: group.rank])
+    return sum_over_mesh(x, group).narrow(dim, first, lengths[group.rank]).contiguous()
 
 
-def gather_sequence(x: torch.Tensor, dim: int = 1, group: SequenceGroup | None = None) -> torch.Tensor:
-    """Return the whole tensor on every rank from equal shards, in the order of ranks.
+def gather_sequence(
+    x: torch.Tensor,
+    dim: int = 1,
+    group: SequenceGroup | None = None,
+    *,
+    shard_lengths: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Return the whole tensor on every rank from its shards, in the order of ranks.
 
     The gradient of a shard is the sum over ranks of the gradients that arrive for it: with a loss on the whole tensor, let one
     rank compute it, or each a share.
+
+    Args:
+        x: This rank's shard.
+        dim: What was cut.
+        group: The ranks; `None` means those that count here.
+        shard_lengths: Length of each rank's shard; `None` takes those of the step's context, then equal shards.
+
+    Raises:
+        ValueError: The lengths don't fit this rank's shard.
 
     Example:
         >>> torch.equal(gather_sequence(torch.arange(6), dim=0), torch.arange(6))
         True
     """
     group = current_sequence_group(group)
-    if group.size == 1:
-        return x
-    return torch.cat(all_gather(x, group).unbind(0), dim=dim)
+    given = thread_state.shard_lengths if shard_lengths is None else shard_lengths
+    return gather_over_mesh(x, dim, resolve_lengths(x.shape[dim], group, given), group)
 
 
-def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """Return `x`, which every rank holds and uses in part; its gradient is summed over the ranks."""
-    if group.size == 1 or not x.is_floating_point():
-        return x
-    return _SumGradient.apply(x, group.name, group.size)  # type: ignore[no-any-return,no-untyped-call]
+def key_padding_shard(
+    lengths: torch.Tensor, group: SequenceGroup | None = None, *, shard_lengths: Sequence[int]
+) -> torch.Tensor:
+    """Return this rank's part of the key padding mask that says how many tokens of each sample are real.
+
+    Args:
+        lengths: Real tokens of each sample on all ranks together, integers `[B]`; they come first.
+        group: The ranks; `None` means those that count here.
+        shard_lengths: Tokens of each rank's shard of the keys.
+
+    Returns:
+        Bool `[B, S]` with S this rank's tokens; True is a real one.
+
+    Raises:
+        ValueError: `shard_lengths` is of another number of ranks.
+
+    Example:
+        >>> key_padding_shard(torch.tensor([1, 3]), shard_lengths=(3,)).int().tolist()
+        [[1, 0, 0], [1, 1, 1]]
+    """
+    group = current_sequence_group(group)
+    shards = resolve_lengths(shard_lengths[group.rank], group, shard_lengths)
+    first = sum(shards[: group.rank])
+    positions = torch.arange(first, first + shards[group.rank], device=lengths.device)
+    return positions < lengths[:, None]
 
 
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, name: str, size: int) -> torch.Tensor:
-        ctx.group = (name, size)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _gather(grad, *ctx.group).sum(dim=0), None, None
+def sum_over_mesh(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """Return `x`, which every rank holds and uses in part; its gradient is summed over all ranks."""
+    for part in _parts(group):
+        x = sum_gradient(x, part)
+    return x
 
 
-class _KeepOwnPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, name: str, size: int, rank: int) -> torch.Tensor:
-        ctx.place = (dim, name, size)
-        return x.chunk(size, dim)[rank].contiguous()
+def gather_over_mesh(x: torch.Tensor, dim: int, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
+    """Return every rank's `x` joined along `dim`, over one dim of the mesh after the other."""
+    if group.name or group.size == 1:
+        return all_gather(x, dim, lengths, group)
+    ring, ulysses = _parts(group)
+    rows = rows_of_mesh(lengths, group)
+    x = all_gather(x, dim, rows[ring.rank], ulysses)
+    return all_gather(x, dim, [sum(row) for row in rows], ring)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        dim, name, size = ctx.place
-        return torch.cat(_gather(grad, name, size).unbind(0), dim=dim), None, None, None, None
+
+def rows_of_mesh(lengths: Sequence[int], group: SequenceGroup) -> tuple[tuple[int, ...], ...]:
+    """Return the shard lengths of each Ulysses group, in the order of the ring."""
+    size = group.size if group.ulysses is None else group.ulysses.size
+    return tuple(tuple(lengths[first : first + size]) for first in range(0, group.size, size))
+
+
+def _parts(group: SequenceGroup) -> tuple[SequenceGroup, ...]:
+    if group.name or group.ring is None or group.ulysses is None:
+        return (group,)
+    return group.ring, group.ulysses
+
+
+def _whole_lengths(length: int, group: SequenceGroup, given: Sequence[int] | None) -> tuple[int, ...]:
+    length = plain(length)
+    lengths = check_shard_lengths(thread_state.shard_lengths if given is None else given)
+    if lengths is None:
+        if length % group.size:
+            raise ValueError(
+                f"a sequence of {length} tokens can't be divided over {group.size} devices without shard lengths; say them "
+                f"with set_forward_context(..., shard_lengths=split_lengths({length}, {group.size})), "
+                f"or bring a length that is a multiple of {group.size}"
+            )
+        return split_lengths(length, group.size)
+    if len(lengths) != group.size or sum(lengths) != length:
+        raise ValueError(f"expected shard_lengths of {group.size} ranks that add up to {length} tokens, got {lengths}")
+    return lengths

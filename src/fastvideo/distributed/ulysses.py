@@ -1,28 +1,104 @@
 """Ulysses: each rank swaps its tokens of all heads for all tokens of its heads, and back (DeepSpeed-Ulysses, 2309.14509).
 
-`B batch, S tokens, H heads, D head size, P ranks`. Rank r holds tokens `r S/P ... (r+1) S/P` and works on heads
-`r H/P ... (r+1) H/P`.
+`B batch, S tokens, H heads, D head size, P ranks`. Any heads and any lengths: rank r holds `lengths[r]` tokens and works on
+`shares.query[r]`, the heads of `split_lengths(H, P)`; it gets the key heads that those read, so that a key head whose readers
+sit on several ranks goes to each of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from fastvideo.distributed.collectives import all_gather, all_to_all
+from fastvideo.distributed.collectives import (
+    Cut,
+    Interval,
+    Route,
+    all_gather,
+    consecutive,
+    exchange,
+)
 from fastvideo.distributed.mesh import SequenceGroup
-from fastvideo.distributed.shards import keep_own_part, sum_gradient
+from fastvideo.distributed.shards import split_lengths
 
-__all__ = ["check_heads", "exchange_mask", "gather_heads", "heads_to_tokens", "tokens_to_heads"]
+__all__ = [
+    "HeadShares",
+    "check_heads",
+    "exchange_mask",
+    "gather_heads",
+    "head_route",
+    "heads_to_tokens",
+    "share_heads",
+    "token_route",
+    "tokens_to_heads",
+]
+
+
+class HeadShares(NamedTuple):
+    """Which heads each rank works on.
+
+    Attributes:
+        query: Each rank's query heads; neighbouring, and every head once.
+        key: The key heads that they read.
+    """
+
+    query: tuple[Interval, ...]
+    key: tuple[Interval, ...]
+
+    def key_index(self, rank: int, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """Return which of a rank's key heads each group of its query heads reads, groups being of equal size.
+
+        A rank may hold query heads that read its key heads unequally often, which kernels don't take; then a key head is
+        named more than once.
+
+        Example:
+            >>> share_heads(12, 4, 3).key_index(0, 12, 4)
+            (0, 0, 0, 1)
+        """
+        (start, stop), first = self.query[rank], self.key[rank][0]
+        readers = num_heads // num_kv_heads
+        group = math.gcd(stop - start, readers, -start % readers)
+        return tuple(head // readers - first for head in range(start, stop, group)) if group else ()
+
+
+def share_heads(num_heads: int, num_kv_heads: int, size: int, piece: int = 0, num_pieces: int = 1) -> HeadShares:
+    """Share query heads over `size` ranks as evenly as they go, and key heads with those who read them.
+
+    Args:
+        num_heads: Query heads.
+        num_kv_heads: Key heads; query head h reads key head `h // (num_heads / num_kv_heads)`.
+        size: Number of ranks.
+        piece: Which piece of each rank's heads to return.
+        num_pieces: Into how many pieces each rank's heads are cut.
+
+    Example:
+        >>> share_heads(6, 2, 4)
+        HeadShares(query=((0, 2), (2, 4), (4, 5), (5, 6)), key=((0, 1), (0, 2), (1, 2), (1, 2)))
+    """
+    readers = num_heads // num_kv_heads
+    query, key, position = [], [], 0
+    for count in split_lengths(num_heads, size):
+        pieces = split_lengths(count, num_pieces)
+        start = position + sum(pieces[:piece])
+        stop = start + pieces[piece]
+        query.append((start, stop))
+        key.append((start // readers, -(-stop // readers)) if stop > start else (0, 0))
+        position += count
+    return HeadShares(tuple(query), tuple(key))
 
 
 def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None:
-    """Check that heads divide by the number of ranks.
+    """Check that heads divide by the number of ranks, for callers that need as many heads on each.
 
     Raises:
+        NotImplementedError: The ranks form a mesh of two dims.
         ValueError: They don't; the message says what would.
     """
+    if group.size > 1 and not group.name:
+        raise NotImplementedError("expected the ranks of one process group, got a mesh with 'ring' and 'ulysses' above 1")
     if num_heads % group.size or num_kv_heads % group.size:
         fitting = [size for size in range(1, num_kv_heads + 1) if num_heads % size == 0 == num_kv_heads % size]
         raise ValueError(
@@ -31,53 +107,69 @@ def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None
         )
 
 
-def tokens_to_heads(tensors: Sequence[torch.Tensor], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
-    """Exchange `[B, S/P, H, D]` each for `[B, S, H/P, D]`, tensors of one length in one message.
+def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
+    """Return the route of `[B, S_r, H, D]` to `[B, S, h, D]`, where `h` are this rank's heads and S the sum of `lengths`."""
+    batch, _, _, head_size = shape
+    start, stop = heads[rank]
+    by_heads = Cut(2, tuple((interval,) for interval in heads))
+    return Route(by_heads, consecutive(1, lengths), tuple(shape), (batch, sum(lengths), stop - start, head_size))
 
-    The tensors may differ in heads; they share batch, length and head size.
-    """
-    size = group.size
-    batch, length, _, head_size = tensors[0].shape
-    by_rank = [torch.unflatten(x, 2, (size, -1)).permute(2, 0, 1, 3, 4) for x in tensors]
-    received = all_to_all(torch.cat(by_rank, dim=3), group)
-    whole = received.permute(1, 0, 2, 3, 4).reshape(batch, size * length, -1, head_size)
-    return torch.split(whole, [x.shape[2] // size for x in tensors], dim=2)
+
+def token_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
+    """Return the route of `[B, S, h, D]` back to `[B, S_r, H, D]`; `heads` cover all heads once, from 0 or another first."""
+    batch, _, _, head_size = shape
+    own = consecutive(2, [stop - start for start, stop in heads])
+    total = sum(stop - start for start, stop in heads)
+    return Route(consecutive(1, lengths), own, tuple(shape), (batch, lengths[rank], total, head_size))
+
+
+def tokens_to_heads(tensors: Sequence[torch.Tensor], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
+    """Exchange `[B, S/P, H, D]` each for `[B, S, H/P, D]`: equal shards, and heads that divide by the ranks."""
+    result = []
+    for x in tensors:
+        shares = share_heads(x.shape[2], x.shape[2], group.size)
+        result.append(exchange(x, head_route(x.shape, shares.query, (x.shape[1],) * group.size, group.rank), group))
+    return tuple(result)
 
 
 def heads_to_tokens(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
     """Exchange `[B, S, H/P, D]` for `[B, S/P, H, D]`."""
-    batch, length, heads, head_size = x.shape
-    by_rank = x.reshape(batch, group.size, length // group.size, heads, head_size).permute(1, 0, 2, 3, 4)
-    received = all_to_all(by_rank, group)
-    return received.permute(1, 2, 0, 3, 4).reshape(batch, length // group.size, group.size * heads, head_size)
+    size, num_heads = group.size, x.shape[2]
+    heads = share_heads(num_heads * size, num_heads * size, size).query
+    return exchange(x, token_route(x.shape, heads, (x.shape[1] // size,) * size, group.rank), group)
 
 
-def gather_heads(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """Return `[B, R, H, D]` on every rank from each rank's `[B, R, H/P, D]`."""
-    return torch.cat(all_gather(x, group).unbind(0), dim=2)
+def gather_heads(x: torch.Tensor, heads: Sequence[Interval], group: SequenceGroup) -> torch.Tensor:
+    """Return `[B, R, H, D]` on every rank from each rank's `[B, R, h, D]`."""
+    return all_gather(x, 2, [stop - start for start, stop in heads], group)
 
 
-def exchange_mask(mask: torch.Tensor, num_heads: int, num_replicated: int, group: SequenceGroup) -> torch.Tensor:
-    """Turn a mask in a shard's coordinates into the one that this rank's heads need.
+def exchange_mask(
+    mask: torch.Tensor, shares: HeadShares, lengths: Sequence[int], num_replicated: int, group: SequenceGroup
+) -> torch.Tensor:
+    """Return the rows of all ranks of a full mask, for this rank's heads.
 
     Args:
-        mask: Key padding `[B, S_kv/P + R]`, sharded like the keys, or a full mask `[B|1, H|1, S_q/P + R, S_kv + R]`. The R
-            replicated tokens come last.
-        num_heads: H.
-        num_replicated: R.
+        mask: `[B|1, H|1, S_r, S_kv]`, bool or additive, rows of this rank's tokens and then of the replicated ones.
+        shares: Which heads each rank works on.
+        lengths: Rows of each rank, replicated ones not counted.
+        num_replicated: Rows of replicated tokens, R.
         group: The ranks.
 
     Returns:
-        `[B, S_kv + R]`, or `[B|1, H/P|1, S_q + R, S_kv + R]`.
+        `[B|1, h|1, S + R, S_kv]`.
     """
-    if group.size == 1:
-        return mask
-    sendable = mask.to(torch.uint8) if mask.dtype == torch.bool else mask
-    row_dim = mask.dim() - 1 if mask.dim() == 2 else 2
-    own, replicated = torch.split(sendable, [mask.shape[row_dim] - num_replicated, num_replicated], dim=row_dim)
-    if mask.dim() == 4 and mask.shape[1] == num_heads and num_heads > 1:
-        (rows,) = tokens_to_heads([own.transpose(1, 2)], group)
-        whole = torch.cat([rows.transpose(1, 2), keep_own_part(replicated, 1, group)], dim=2)
+    own, replicated = torch.split(_sendable(mask), [mask.shape[2] - num_replicated, num_replicated], dim=2)
+    if shares.query[-1][1] > 1 and mask.shape[1] == shares.query[-1][1]:
+        start, stop = shares.query[group.rank]
+        by_heads = Cut(1, tuple((interval,) for interval in shares.query))
+        shape = (mask.shape[0], stop - start, sum(lengths), mask.shape[3])
+        rows = exchange(own, Route(by_heads, consecutive(2, lengths), tuple(own.shape), shape), group)
+        replicated = replicated[:, start:stop]
     else:
-        whole = torch.cat([*all_gather(own, group).unbind(0), sum_gradient(replicated, group)], dim=row_dim)
-    return whole.to(mask.dtype)
+        rows = all_gather(own, 2, lengths, group)
+    return torch.cat([rows, replicated], dim=2).to(mask.dtype)
+
+
+def _sendable(mask: torch.Tensor) -> torch.Tensor:
+    return mask.to(torch.uint8) if mask.dtype == torch.bool else mask

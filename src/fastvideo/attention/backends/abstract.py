@@ -87,8 +87,11 @@ class AttentionBackend(ABC):
             for keyword, what in request.requested_keywords().items()
             if keyword not in keywords
         ]
-        if request.mask is not None and cls.get_impl_cls().preprocess_qkv is not AttentionImpl.preprocess_qkv:
+        has_hook = cls.get_impl_cls().preprocess_qkv is not AttentionImpl.preprocess_qkv
+        if request.mask is not None and has_hook:
             reasons.append("a mask is not supported: its preprocess_qkv reorders tokens, and a mask stays in their order")
+        if request.shares_keys and (cls.requires_metadata() or has_hook):
+            reasons.append(f"layout {request.layout!r} leaves each device a part of the queries or keys; use layout='ulysses'")
         if request.has_out and not cls.accept_output_buffer:
             reasons.append("an output buffer is not supported (accept_output_buffer is False)")
         if request.has_out and request.needs_grad:

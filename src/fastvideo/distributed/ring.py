@@ -1,0 +1,335 @@
+"""Attention in parts: each rank keeps its queries, keys come shard by shard, and partial results are merged (2310.01889).
+
+`B batch, S tokens of this rank, H heads, D head size, P ranks`. In step j a rank fetches the keys of rank `r - j` straight from
+it while it computes with those of step j - 1. The backward pass fetches them again, computes each part's gradients from the
+merged output and log-sum-exp, and sends the keys' gradients straight home, where they are added in float32. So memory holds
+the keys of two ranks at a time, whatever P.
+
+Causal attention is balanced by order: the sequence is cut into 2P pieces, and rank r works on pieces r and 2P - 1 - r
+(zigzag). Callers don't see it: tokens come in neighbouring shards, are regrouped, and go back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fastvideo.distributed.collectives import Cut, Interval, Route, start, unpack, wait
+from fastvideo.distributed.merge import PartialMerger
+from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.shards import split_lengths
+
+__all__ = ["PartKernels", "Step", "attend_in_parts", "balanced_pieces", "causal_steps", "regroup_route", "ring_steps"]
+
+
+class PartKernels(Protocol):
+    """Attention over some of the keys, and its gradients when the result over all keys is known."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output `[B, S_q, H, D]` over these keys and its log-sum-exp `[B, S_q, H]`."""
+        ...
+
+    def backward(
+        self,
+        grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        mask_needs_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of query, key, value and mask; `output` and `lse` are those over all keys."""
+        ...
+
+
+class Step(NamedTuple):
+    """One part of the work of one rank.
+
+    Attributes:
+        rows: Its queries that take part.
+        keys: Where the keys that they see stand: among this rank's own, or in what is fetched.
+        columns: The same keys as columns of a mask over all keys, one after another.
+        is_causal: The step is the diagonal: row i sees keys up to i.
+        fetch: How keys and values, `[2, B, S, H, D]`, come; `None` where they are here.
+    """
+
+    rows: Interval
+    keys: Interval
+    columns: tuple[Interval, ...]
+    is_causal: bool = False
+    fetch: Route | None = None
+
+
+def ring_steps(
+    rank: int, num_rows: int, lengths: Sequence[int], key_shape: Sequence[int], *, is_causal: bool
+) -> tuple[Step, ...]:
+    """Return the steps of a ring, its own keys first.
+
+    Args:
+        rank: This rank's place.
+        num_rows: Its queries.
+        lengths: Keys of each rank in neighbouring shards.
+        key_shape: Shape of this rank's keys, `[B, S, H, D]`.
+        is_causal: Queries and keys have been regrouped by `regroup_route`.
+    """
+    size = len(lengths)
+    pieces = balanced_pieces(sum(lengths), size) if is_causal else _whole_pieces(lengths)
+    steps = []
+    for distance in range(size):
+        source, target = (rank - distance) % size, (rank + distance) % size
+        seen, shown = _seen(source, rank, pieces, is_causal), _seen(rank, target, pieces, is_causal)
+        count = _count(seen)
+        # Of a later rank's keys, only the late piece of the queries sees any.
+        first_row = _count(pieces[rank][:1]) if is_causal and source > rank else 0
+        fetch = None
+        if distance:
+            # What a rank shows of its keys is all of them, or the early piece, which stands first.
+            nothing: tuple[Interval, ...] = ()
+            send, receive = [nothing] * size, [nothing] * size
+            send[target], receive[source] = ((0, _count(shown)),), ((0, count),)
+            batch, own, *head = key_shape
+            fetch = Route(Cut(2, tuple(send)), Cut(2, tuple(receive)), (2, batch, own, *head), (2, batch, count, *head))
+        steps.append(Step((first_row, num_rows), (0, count), seen, is_causal and not distance, fetch))
+    return tuple(steps)
+
+
+def causal_steps(rank: int, size: int, total: int) -> tuple[Step, ...]:
+    """Return the steps of causal attention where all keys are here, in order, and queries are those of `balanced_pieces`."""
+    steps, row = [], 0
+    for first, last in balanced_pieces(total, size)[rank]:
+        rows, row = (row, row + last - first), row + last - first
+        steps.append(Step(rows, (first, last), ((first, last),), is_causal=True))
+        steps.append(Step(rows, (0, first), ((0, first),)))
+    return tuple(steps)
+
+
+def balanced_pieces(total: int, size: int) -> list[tuple[Interval, ...]]:
+    """Return the two pieces of a sequence that each rank works on in causal attention, so that all have the same work.
+
+    Example:
+        >>> balanced_pieces(8, 2)
+        [((0, 2), (6, 8)), ((2, 4), (4, 6))]
+    """
+    lengths = split_lengths(total, 2 * size)
+    stops = [sum(lengths[: piece + 1]) for piece in range(2 * size)]
+    pieces = [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+    return [(pieces[rank], pieces[2 * size - 1 - rank]) for rank in range(size)]
+
+
+def regroup_route(shape: Sequence[int], dim: int, lengths: Sequence[int], rank: int) -> Route:
+    """Return the route from neighbouring shards of `lengths` along `dim` to `balanced_pieces`."""
+    size = len(lengths)
+    pieces, shards = balanced_pieces(sum(lengths), size), _whole_pieces(lengths)
+    send = tuple(_positions(_common(shards[rank][0], pieces[r]), shards[rank]) for r in range(size))
+    receive = tuple(_positions(_common(shards[r][0], pieces[rank]), pieces[rank]) for r in range(size))
+    own = _count(pieces[rank])
+    return Route(Cut(dim, send), Cut(dim, receive), tuple(shape), (*shape[:dim], own, *shape[dim + 1 :]))
+
+
+def attend_in_parts(
+    kernels: PartKernels,
+    steps: tuple[Step, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: SequenceGroup,
+    *,
+    mask: torch.Tensor | None = None,
+    replicated: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return attention of this rank's queries over the keys of all steps.
+
+    Args:
+        kernels: What computes a part.
+        steps: The work, at least one step.
+        query: `[B, S_q, H, D]`.
+        key: This rank's keys, `[B, S_kv, H_kv, D]`.
+        value: Its values, likewise.
+        group: The ranks that share the keys.
+        mask: Key padding `[B, N + R]` or `[B|1, H|1, S_q, N + R]` over all N keys in the order of the sequence, and the R
+            replicated ones.
+        replicated: Keys and values that every rank holds, `[B, R, H_kv, D]`; every query sees them.
+
+    Returns:
+        `[B, S_q, H, D]`.
+    """
+    more_keys, more_values = (None, None) if replicated is None else replicated
+    return _Parts.apply(query, key, value, mask, more_keys, more_values, kernels, steps, group.name)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        more_keys: torch.Tensor | None,
+        more_values: torch.Tensor | None,
+        kernels: PartKernels,
+        steps: tuple[Step, ...],
+        name: str,
+    ) -> torch.Tensor:
+        merger = PartialMerger(query)
+        parts = _Keys(key, value, more_keys, more_values, steps, name)
+        for number, step in enumerate(steps):
+            k, v = parts.of_step(number)
+            first, last = step.rows
+            if last > first and k.shape[1]:
+                part_mask = _part_mask(mask, step, parts.num_more if number == 0 else 0)
+                merger.add(*kernels.forward(query[:, first:last], k, v, part_mask, step.is_causal), step.rows)
+        output, lse = merger.output()
+        ctx.save_for_backward(query, key, value, mask, more_keys, more_values, output, lse)
+        ctx.work = (kernels, steps, name)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, mask, more_keys, more_values, output, lse = ctx.saved_tensors
+        kernels, steps, name = ctx.work
+        wide = lse.dtype
+        # A row that sees nothing anywhere has no finite log-sum-exp; its weights are 0 with any.
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        grad_query = torch.zeros(query.shape, dtype=wide, device=query.device)
+        grad_kv = torch.zeros((2, *key.shape), dtype=wide, device=key.device)
+        mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
+        grad_mask = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask_needs_grad else None
+        grad_more: torch.Tensor | None = None
+        parts = _Keys(key, value, more_keys, more_values, steps, name)
+        on_the_way: list[tuple[torch.Tensor, Route]] = []
+        for number, step in enumerate(steps):
+            k, v = parts.of_step(number)
+            num_more = parts.num_more if number == 0 else 0
+            first, last = step.rows
+            part_kv = torch.zeros((2, *k.shape), dtype=key.dtype, device=key.device)
+            if last > first and k.shape[1]:
+                rows = slice(first, last)
+                part_mask = _part_mask(mask, step, num_more)
+                result = (output[:, rows], lse[:, rows])
+                of_query, of_key, of_value, of_mask = kernels.backward(
+                    grad[:, rows], query[:, rows], k, v, *result, part_mask, step.is_causal, mask_needs_grad
+                )
+                grad_query[:, rows] += of_query
+                part_kv = torch.stack((of_key, of_value))
+                if grad_mask is not None and of_mask is not None:
+                    _add_to_mask(grad_mask, of_mask, step, num_more)
+            if num_more:
+                part_kv, grad_more = torch.split(part_kv, [k.shape[1] - num_more, num_more], dim=2)
+            if step.fetch is None:
+                grad_kv[:, :, step.keys[0] : step.keys[1]] += part_kv
+            else:
+                route = step.fetch.back()
+                on_the_way.append((start(part_kv, route, name), route))
+        for sent, route in on_the_way:
+            grad_kv += unpack(wait(sent), route.receive, route.shape)
+        grad_key, grad_value = grad_kv.to(key.dtype).unbind(0)
+        return (
+            grad_query.to(query.dtype),
+            grad_key,
+            grad_value,
+            None if grad_mask is None else grad_mask.to(mask.dtype),
+            None if grad_more is None else grad_more[0],
+            None if grad_more is None else grad_more[1],
+            None,
+            None,
+            None,
+        )
+
+
+class _Keys:
+    """The keys and values of each step; those of the next are on their way while a step computes."""
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        more_keys: torch.Tensor | None,
+        more_values: torch.Tensor | None,
+        steps: tuple[Step, ...],
+        name: str,
+    ) -> None:
+        self._own = (key, value)
+        self._more = None if more_keys is None or more_values is None else (more_keys, more_values)
+        self._steps, self._name = steps, name
+        is_fetched = any(step.fetch is not None for step in steps)
+        self._stacked = torch.stack((key, value)) if is_fetched else None
+        self._next = self._start(0)
+        self.num_more = 0 if more_keys is None else more_keys.shape[1]
+
+    def of_step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values, `[B, n, H, D]`, with the replicated ones behind those of the first step."""
+        step, started = self._steps[number], self._next
+        if step.fetch is None or started is None:
+            first, last = step.keys
+            k, v = (x[:, first:last] for x in self._own)
+        else:
+            k, v = unpack(wait(started), step.fetch.receive, step.fetch.shape).unbind(0)
+        self._next = self._start(number + 1)
+        if number == 0 and self._more is not None:
+            k, v = torch.cat([k, self._more[0]], dim=1), torch.cat([v, self._more[1]], dim=1)
+        return k, v
+
+    def _start(self, number: int) -> torch.Tensor | None:
+        fetch = self._steps[number].fetch if number < len(self._steps) else None
+        return None if fetch is None or self._stacked is None else start(self._stacked, fetch, self._name)
+
+
+def _part_mask(mask: torch.Tensor | None, step: Step, num_more: int) -> torch.Tensor | None:
+    """Return the rows and columns of a step, those of the replicated keys last."""
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        mask = mask[:, :, step.rows[0] : step.rows[1]]
+    columns = [mask[..., first:last] for first, last in _with_more(step, mask.shape[-1], num_more)]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+
+def _add_to_mask(grad_mask: torch.Tensor, part: torch.Tensor, step: Step, num_more: int) -> None:
+    rows, position = grad_mask[:, :, step.rows[0] : step.rows[1]], 0
+    for first, last in _with_more(step, grad_mask.shape[-1], num_more):
+        rows[..., first:last] += part[..., position : position + last - first]
+        position += last - first
+
+
+def _with_more(step: Step, num_columns: int, num_more: int) -> tuple[Interval, ...]:
+    return (*step.columns, (num_columns - num_more, num_columns)) if num_more else step.columns
+
+
+def _whole_pieces(lengths: Sequence[int]) -> list[tuple[Interval, ...]]:
+    stops = [sum(lengths[: rank + 1]) for rank in range(len(lengths))]
+    return [((stop - length, stop),) for stop, length in zip(stops, lengths, strict=True)]
+
+
+def _seen(source: int, rank: int, pieces: Sequence[tuple[Interval, ...]], is_causal: bool) -> tuple[Interval, ...]:
+    """Return the tokens of `source` that queries of `rank` see: under causal attention, of an earlier rank the early piece."""
+    return pieces[source][:1] if is_causal and source < rank else pieces[source]
+
+
+def _count(intervals: Sequence[Interval]) -> int:
+    return sum(last - first for first, last in intervals)
+
+
+def _common(shard: Interval, owned: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    cuts = [(max(shard[0], first), min(shard[1], last)) for first, last in owned]
+    return tuple((first, last) for first, last in cuts if last > first)
+
+
+def _positions(tokens: tuple[Interval, ...], owned: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    """Return where `tokens` stand among those of a rank that holds `owned`, one after another."""
+    result = []
+    for first, last in tokens:
+        position = 0
+        for start_, stop in owned:
+            if start_ <= first and last <= stop:
+                result.append((position + first - start_, position + last - start_))
+                break
+            position += stop - start_
+    return tuple(result)

@@ -1,0 +1,241 @@
+"""Cases that test_parallel.py runs by name: what one layer does beyond plain calls, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastvideo.attention import DistributedAttention, DistributedAttention_VSA
+from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
+from fastvideo.attention.selector import BackendUnavailable
+from fastvideo.distributed import (
+    SequenceGroup,
+    gather_sequence,
+    sequence_parallel,
+    sequence_parallel_world,
+    shard_sequence,
+    split_lengths,
+)
+from fastvideo.forward_context import set_forward_context
+
+GRID = (5, 4, 8)  # 160 tokens in ragged tiles of 4 × 4 × 4, 20 of them
+TOKENS = 160
+
+
+@dataclass(frozen=True)
+class Named:
+    """One layer and how it is called. Compared with itself on one device."""
+
+    vsa: bool = False
+    heads: tuple[int, int] = (4, 4)
+    layout: str = "auto"
+    on: str = "world"
+    replicated: int = 0
+    only_keys: bool = False
+    gate: bool = False
+    rope: bool = False
+    causal: bool = False
+    padding: bool = False
+    uneven: bool = False
+    scale: float | None = None
+    compiled: bool = False
+    dtype: torch.dtype = torch.float64
+    twin: str = ""
+
+
+NAMED = {
+    "batch and scale": Named(scale=-0.2),
+    "scale of zero in a ring": Named(scale=0.0, layout="ring"),
+    "negative scale in a ring": Named(scale=-0.2, layout="ring", causal=True),
+    "rotary embedding, uneven": Named(rope=True, replicated=2, uneven=True),
+    "rotary embedding in a causal ring": Named(rope=True, causal=True, layout="ring", uneven=True),
+    "bfloat16 in a ring": Named(layout="ring", dtype=torch.bfloat16, padding=True),
+    "bfloat16 by heads": Named(layout="ulysses", dtype=torch.bfloat16, replicated=3),
+    "mesh in a scope": Named(on="scope"),
+    "mesh of the layer": Named(on="layer", replicated=7),
+    "mesh of the layer, copied": Named(on="layer", twin="deepcopy"),
+    "mesh of the layer, pickled": Named(on="layer", twin="pickle"),
+    "VSA": Named(vsa=True),
+    "VSA, gate": Named(vsa=True, gate=True),
+    "VSA, gate, replicated, GQA": Named(vsa=True, gate=True, replicated=7, heads=(8, 4)),
+    "VSA, gate, replicated, uneven, heads that do not divide": Named(
+        vsa=True, gate=True, replicated=5, heads=(6, 3), uneven=True
+    ),
+    "VSA, one head": Named(vsa=True, gate=True, heads=(1, 1), uneven=True, replicated=2),
+}
+
+COMPILED = {
+    "compiled, by heads": Named(compiled=True, replicated=7, padding=True, rope=True, uneven=True),
+    "compiled, groups of heads and GQA": Named(compiled=True, heads=(8, 4)),
+    "compiled, ring": Named(compiled=True, layout="ring", replicated=3, padding=True, uneven=True),
+    "compiled, causal ring": Named(compiled=True, layout="ring", causal=True),
+    "compiled, gather": Named(compiled=True, layout="gather", replicated=3, only_keys=True),
+    "compiled, mesh": Named(compiled=True, on="scope", layout="ring"),
+    "compiled, VSA": Named(compiled=True, vsa=True, gate=True, replicated=7, rope=True),
+}
+
+
+def draw(*shape: int, seed: int, device: str) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+
+
+def draw_inputs(case: Named, device: str) -> dict[str, torch.Tensor]:
+    """Return whole inputs by name. Names tell how they are shared: by tokens, or replicated."""
+    heads, kv_heads = case.heads
+    counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+    inputs = {name: draw(2, TOKENS, counts[name], 16, seed=i, device=device) for i, name in enumerate("qkv")}
+    for i, name in enumerate("kv" if case.only_keys else "qkv"):
+        if case.replicated:
+            inputs[f"replicated_{name}"] = draw(2, case.replicated, counts[name], 16, seed=3 + i, device=device)
+    if case.gate:
+        inputs["gate_compress"] = draw(2, TOKENS, heads, 16, seed=6, device=device)
+    return {name: x.to(case.dtype) for name, x in inputs.items()}
+
+
+def build(case: Named, mesh):
+    layer_cls = DistributedAttention_VSA if case.vsa else DistributedAttention
+    heads, kv_heads = case.heads
+    return layer_cls(
+        heads, 16, num_kv_heads=kv_heads, softmax_scale=case.scale, causal=case.causal, layout=case.layout, mesh=mesh
+    )
+
+
+def run(case: Named, layer, lengths: tuple[int, ...], rank: int, device: str) -> dict[str, torch.Tensor]:
+    """Call the layer on this rank's part and return outputs and the gradients of its parts."""
+    mine = functools.partial(part, lengths=lengths, rank=rank)
+    leaves = {
+        name: (x if name.startswith("replicated") else mine(x, 1)).clone().requires_grad_()
+        for name, x in draw_inputs(case, device).items()
+    }
+    keywords = {}
+    if case.padding:
+        keys = TOKENS + case.replicated
+        padding = torch.arange(keys) < torch.tensor([[keys], [keys // 2]])
+        keywords["attn_mask"] = mine(padding.to(device), 1)
+    if case.rope:
+        angles = draw(TOKENS, 8, seed=10, device=device)
+        keywords["freqs_cis"] = (mine(angles.cos(), 0), mine(angles.sin(), 0))
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if case.compiled and len(lengths) > 1 else layer
+    out, text = call(**leaves, **keywords)
+    loss = (out * mine(draw(2, TOKENS, case.heads[0], 16, seed=8, device=device), 1)).sum()
+    if text is not None:
+        share = 2 * (rank + 1) / (len(lengths) * (len(lengths) + 1))
+        loss = loss + share * (text * draw(*text.shape, seed=9, device=device)).sum()
+    loss.backward()
+    found = {"out": out.detach()} | ({} if text is None else {"replicated_out": text.detach()})
+    return found | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def part(x: torch.Tensor, dim: int, lengths: tuple[int, ...], rank: int) -> torch.Tensor:
+    """Return a rank's part of the sequence along `dim`, and what stands behind the sequence."""
+    first, total = sum(lengths[:rank]), sum(lengths)
+    own = x.narrow(dim, first, lengths[rank])
+    return torch.cat([own, x.narrow(dim, total, x.shape[dim] - total)], dim)
+
+
+def check(case: Named, mesh, device: str) -> None:
+    torch._dynamo.reset()
+    rank, size = sequence_parallel_world()
+    metadata = VideoSparseAttentionMetadataBuilder().build(
+        current_timestep=0, raw_latent_shape=GRID, patch_size=(1, 1, 1), VSA_sparsity=0.6, device=device
+    )
+    lengths = tuple(TOKENS // size + (7 if rank == 0 else 0) for rank in range(size)) if case.uneven or TOKENS % size else None
+    if lengths is not None:
+        lengths = (*lengths[:-1], TOKENS - sum(lengths[:-1]))
+    with set_forward_context(0, metadata):
+        with sequence_parallel(None):
+            expected = run(case, build(case, None), (TOKENS,), 0, device)
+        layer = build(case, mesh if case.on == "layer" else None)
+        if case.twin:
+            layer = copy.deepcopy(layer) if case.twin == "deepcopy" else pickle.loads(pickle.dumps(layer))
+        scope = mesh if case.on == "scope" else dist.group.WORLD
+        with sequence_parallel(scope, shard_lengths=lengths):
+            lengths = lengths or split_lengths(TOKENS, size)
+            found = run(case, layer, lengths, rank, device)
+    assert found.keys() == expected.keys()
+    tolerance = {} if case.dtype == torch.float64 else {"rtol": 0.05, "atol": 0.06}
+    for name, x in found.items():
+        whole = name.startswith("replicated")
+        assert x.abs().max() > 0 or case.scale == 0
+        torch.testing.assert_close(
+            x,
+            expected[name] if whole else part(expected[name], 1, lengths, rank),
+            **tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def check_shards(mesh, device: str) -> None:
+    rank, size = sequence_parallel_world()
+    assert (rank, size) == (dist.get_rank(), dist.get_world_size())
+    whole, weight = (draw(2, 11, 3, seed=seed, device=device) for seed in (0, 1))
+    for group in (dist.group.WORLD, mesh):
+        whole = whole.detach().requires_grad_()
+        lengths = split_lengths(11, size)
+        with sequence_parallel(group, shard_lengths=lengths):
+            shard = shard_sequence(whole, 1)
+            torch.testing.assert_close(shard, whole.split(lengths, 1)[rank])
+            again = gather_sequence(shard * 2, 1)
+        torch.testing.assert_close(again, whole * 2)
+        ((again * weight).sum() / size).backward()
+        torch.testing.assert_close(whole.grad, 2 * weight)
+    twelve = draw(12, seed=2, device=device)
+    torch.testing.assert_close(shard_sequence(twelve, 0), twelve.chunk(size)[rank])
+    torch.testing.assert_close(
+        gather_sequence(twelve[:rank], 0, shard_lengths=tuple(range(size)))[: max(0, size - 2)],
+        torch.cat([twelve[:r] for r in range(size)])[: max(0, size - 2)],
+    )
+
+
+def expect(error, text: str, function, *arguments, **keywords) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        function(*arguments, **keywords)
+
+
+def check_refusals(mesh, device: str) -> None:
+    """What can't run raises before anything is sent, so no rank waits for another."""
+    size, group = dist.get_world_size(), SequenceGroup.from_mesh(mesh)
+    expect(ValueError, "without shard lengths", shard_sequence, draw(1, 2 * size + 1, 1, seed=0, device=device), 1)
+    layer, q = DistributedAttention(4, 16), draw(1, 8, 4, 16, seed=0, device=device)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)
+    expect(ValueError, f"8, {8 * size}]", layer, q, q, q, attn_mask=mask)
+    expect(ValueError, f"of the {size} ranks", layer, q, q, q, shard_lengths=(8,) * (size + 1))
+    expect(ValueError, "its tensor has 8", layer, q, q, q, shard_lengths=(7,) * size)
+    uneven = tuple(range(8 - dist.get_rank(), 8 - dist.get_rank() + size))
+    expect(ValueError, "kv_shard_lengths=", layer, q, q[:, :5], q[:, :5], shard_lengths=uneven)
+    empty = q[:, :0]
+    expect(ValueError, "without empty dims", layer, q, empty, empty)
+    metadata = VideoSparseAttentionMetadataBuilder().build(
+        current_timestep=0, raw_latent_shape=(1, 8, size), patch_size=(1, 1, 1), VSA_sparsity=0.0, device=device
+    )
+    for layout in ("ring", "gather"):
+        sparse = DistributedAttention_VSA(4, 16, layout=layout)
+        expect(BackendUnavailable, "layout='ulysses'", sparse, q, q, q, attn_metadata=metadata)
+    expect(BackendUnavailable, "layout='ulysses'", DistributedAttention_VSA(4, 16, mesh=mesh), q, q, q, attn_metadata=metadata)
+    with sequence_parallel(group):
+        expect(ValueError, "would leave the ring unused", DistributedAttention(4, 16, layout="ulysses"), q, q, q)
+    expect(ValueError, "expected layout as one of", DistributedAttention, 4, 16, layout="rings")
+
+
+def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
+    """Return the checks of this number of ranks by name."""
+    size = dist.get_world_size()
+    if size == 1:
+        return {}
+    named = dict(NAMED)
+    if size == 2:
+        named |= COMPILED
+    elif size == 4:
+        named["compiled, mesh"] = COMPILED["compiled, mesh"]
+    checks = {name: functools.partial(check, case, mesh, device) for name, case in named.items()}
+    checks["shards"] = functools.partial(check_shards, mesh, device)
+    checks["refusals"] = functools.partial(check_refusals, mesh, device)
+    return checks
