@@ -1,0 +1,125 @@
+"""`fastvideo bench`: time, memory and error of attention on named shapes, dense and sparse side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastvideo.attention.registry import registered_backends
+from fastvideo.benchmark.cases import AUTOMATIC, make_cases
+from fastvideo.benchmark.inputs import KINDS, make_inputs
+from fastvideo.benchmark.measure import describe_run
+from fastvideo.benchmark.report import format_rows, plot_results
+from fastvideo.benchmark.run import PASSES, Row, run_cases
+from fastvideo.benchmark.shapes import SHAPES, shape_named
+from fastvideo.block_sparse.impl import IMPLEMENTATIONS
+
+__all__ = ["add_arguments", "run"]
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; cpu-16k where there is no GPU")
+    parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN"], metavar="NAME")
+    parser.add_argument(
+        "--impls",
+        nargs="+",
+        default=[AUTOMATIC],
+        metavar="NAME",
+        help=f"implementations of block-sparse attention: {AUTOMATIC}, all, {', '.join(IMPLEMENTATIONS)}",
+    )
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--sparsities", nargs="+", type=float, metavar="S", help="in [0, 1); by default the shape's own")
+    parser.add_argument(
+        "--tiles", nargs="+", default=["4x4x4"], metavar="TxYxX", help="or auto, of at most 64 tokens, or auto128"
+    )
+    parser.add_argument("--window", nargs=3, type=int, default=[3, 3, 3], metavar=("T", "Y", "X"), help="of SLIDING_TILE_ATTN")
+    parser.add_argument("--inputs", nargs="+", choices=KINDS, default=["random"])
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser.add_argument("--rounds", type=int, default=3, help="how many times each case is timed")
+    parser.add_argument("--no-errors", action="store_true", help="compare nothing with float64")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the rows, the device, versions and commit to this file")
+    parser.add_argument("--plot", type=Path, help="draw time against sparsity to this PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print tables and write files; return 0, or 1 if a row is over budget."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check(args, device)
+    about = describe_run(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    results: list[tuple[str, str, list[Row]]] = []
+    for name in args.shapes or [next(iter(SHAPES)) if device.type == "cuda" else "cpu-16k"]:
+        for kind in args.inputs:
+            rows = _measure(name, kind, args, device)
+            print(f"\n{name}: {shape_named(name)}, {args.dtype}, {kind} inputs\n{format_rows(rows)}", flush=True)
+            results.append((name, kind, rows))
+            # What was measured stays if a later shape fails.
+            _write(args, about, results)
+    return 1 if any(row.over_budget for _, _, rows in results for row in rows) else 0
+
+
+def _check(args: argparse.Namespace, device: torch.device) -> None:
+    """Refuse what would fail only after the first measurement.
+
+    Raises:
+        ValueError: An option is out of range, or the device isn't there.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch sees no CUDA device here, got --device {args.device}; leave it out to measure the CPU")
+    if args.rounds < 1:
+        raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
+    for name in args.shapes:
+        shape_named(name)
+    for sparsity in args.sparsities or ():
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"expected --sparsities in [0, 1), got {sparsity}")
+    if args.plot is not None and args.plot.suffix != ".png":
+        raise ValueError(f"expected --plot to end in .png, got {args.plot}")
+    if "all" in args.impls:
+        args.impls = [name for name in IMPLEMENTATIONS if name != "reference"]
+    if "all" in args.backends:
+        args.backends = list(registered_backends())
+    for path in (args.json, args.plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _measure(name: str, kind: str, args: argparse.Namespace, device: torch.device) -> list[Row]:
+    shape = shape_named(name)
+    inputs = make_inputs(shape, kind, getattr(torch, args.dtype), device, args.seed)
+    cases = make_cases(
+        shape,
+        inputs,
+        kind,
+        backends=args.backends,
+        impls=args.impls,
+        sparsities=args.sparsities or [shape.sparsity],
+        tiles=args.tiles,
+        window_tyx=tuple(args.window),
+    )
+
+    def tell(text: str) -> None:
+        print(f"{name}, {kind}: {text}", file=sys.stderr, flush=True)
+
+    return run_cases(cases, inputs, passes=args.passes, rounds=args.rounds, checks_errors=not args.no_errors, report=tell)
+
+
+def _write(args: argparse.Namespace, about: dict[str, str], results: list[tuple[str, str, list[Row]]]) -> None:
+    if args.json is not None:
+        tables = [
+            {"shape": name, "is": str(shape_named(name)), "inputs": kind, "rows": [row.as_dict() for row in rows]}
+            for name, kind, rows in results
+        ]
+        data = {"about": about, "dtype": args.dtype, "rounds": args.rounds, "results": tables}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    if args.plot is not None and any(row.is_ranked for _, _, rows in results for row in rows):
+        plot_results([(f"{name}, {kind} inputs", rows) for name, kind, rows in results], args.plot)
