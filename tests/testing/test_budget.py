@@ -48,3 +48,12 @@ def test_an_op_is_checked_with_its_gradients() -> None:
         assert_op_within_budget(lambda x, y: x * y.detach() + 1e-3 * (y - y.detach()), lambda x, y: x * y, inputs)
     with pytest.raises(AssertionError, match="no gradient reaches y"):
         assert_op_within_budget(lambda x, y: x * y.detach(), lambda x, y: x * y, inputs)
+
+
+def test_rounding_where_the_reference_is_zero_needs_a_size() -> None:
+    zero, rounding = torch.zeros(4, dtype=torch.float64), torch.full((4,), 1e-7)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_within_budget(rounding, zero, zero.float())
+    assert_within_budget(rounding, zero, zero.float(), zero_size=1.0)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_within_budget(rounding * 100, zero, zero.float(), zero_size=1.0)

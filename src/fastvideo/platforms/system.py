@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import re
 from dataclasses import dataclass
 
@@ -19,11 +20,15 @@ OPTIONAL_PACKAGES = (
     "flash-attn-3",
     "fa3-fwd",
     "flash-attn",
+    "nvidia-cutlass-dsl",
     "nvidia-cudnn-frontend",
     "sageattention",
     "triton",
 )
 """Distributions that backends look for, by their names on PyPI."""
+
+# A distribution that is of no use without the module that another one, for one release of CUDA, brings.
+_MODULE_OF = {"nvidia-cutlass-dsl": "cutlass"}
 
 _KNOWN_DEVICES: dict[str, tuple[str, tuple[int, int] | None]] = {
     "cpu": ("cpu", None),
@@ -84,6 +89,8 @@ def installed_packages() -> tuple[tuple[str, str], ...]:
     """Return `(distribution, version)` of every optional package installed here, without importing any."""
     found = []
     for name in OPTIONAL_PACKAGES:
+        if name in _MODULE_OF and importlib.util.find_spec(_MODULE_OF[name]) is None:
+            continue
         try:
             found.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:

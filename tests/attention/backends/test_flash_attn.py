@@ -55,7 +55,11 @@ def chosen_package(**changes: Any) -> str | None:
         ("H200, no flash-attn-3", {}, "fa3-fwd"),
         ("H200, no flash-attn-3", {"dtype": torch.float16}, "flash-attn-4"),
         ("H200, no flash-attn-3, no flash-attn-4", {"needs_grad": True}, "flash-attn"),
-        ("H200, torch only, with flash-attn-4", {"needs_grad": True, "needs_lse": True}, "flash-attn-4"),
+        (
+            "H200, torch only, with flash-attn-4, with nvidia-cutlass-dsl",
+            {"needs_grad": True, "needs_lse": True},
+            "flash-attn-4",
+        ),
         ("H200, torch only, with fa3-fwd", {"needs_lse": True}, "fa3-fwd"),
         ("H200", {"dropout_p": 0.1}, "flash-attn"),
         ("H200", {"head_size": 36}, "flash-attn"),
@@ -81,6 +85,7 @@ def test_the_fastest_generation_that_fits_is_chosen(system: str, changes: dict[s
     [
         ("H200, torch only", {}, ['pip install "flash-attn-4[cu13]>=4.0.0b36"', 'pip install "fa3-fwd>=0.0.3"']),
         ("H200, torch only", {}, ["--no-build-isolation", "subdirectory=hopper"]),
+        ("H200, torch only, with flash-attn-4", {}, ["nvidia-cutlass-dsl is missing; pip install"]),
         ("CPU", {"device": "cpu"}, ["device 'cpu' is not supported"]),
         ("MI300X", {}, ["not an NVIDIA GPU"]),
         ("H200", {"dtype": torch.float64}, ["dtype torch.float64"]),

@@ -28,6 +28,7 @@ class Generation:
         speed: TFLOP/s in bf16, forward alone and forward with backward.
         limits: What it refuses beyond that.
         run: The function of `kernels.py` that calls it.
+        needs: Distributions that it can't run without.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Generation:
     speed: tuple[float, float]
     limits: Callable[[AttentionRequest, System], list[str]]
     run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    needs: tuple[str, ...] = ()
 
     def rejections(self, request: AttentionRequest, system: System) -> tuple[str, ...]:
         """Return every reason why this generation can't run `request` on `system`, each with its name."""
@@ -49,6 +51,7 @@ class Generation:
             numbers = tuple(map(int, re.findall(r"\d+", version)))
             if numbers < self.minimum[: len(numbers)]:
                 reasons.append(f"version {version} is too old; {self.install}")
+            reasons += [f"{name} is missing; {self.install}" for name in self.needs if system.version_of(name) is None]
         capability = system.capability if system.platform == "cuda" else None
         if capability is None or capability[0] not in self.majors:
             found = "none" if capability is None else "{}.{}".format(*capability)
@@ -135,6 +138,7 @@ GENERATIONS = (
         (683.0, 643.0),
         _limits_fa4,
         run_fa4,
+        needs=("nvidia-cutlass-dsl",),
     ),
     Generation(
         "FlashAttention-3",
