@@ -51,7 +51,9 @@ def test_sets_of_numbers(written, intervals, shown) -> None:
     assert members == [n for n in range(12) if any(a <= n and (b is None or n < b) for a, b in intervals)]
 
 
-@pytest.mark.parametrize("written", [-1, "", "a", "3-1", "1-2-3", slice(-5, None), slice(None, -1), slice(0, 9, 2), range(0), []])
+@pytest.mark.parametrize(
+    "written", [-1, "", "a", "3-1", "1-2-3", slice(-5, None), slice(None, -1), slice(0, 9, 2), range(0), []]
+)
 def test_sets_that_mean_nothing_are_refused(written) -> None:
     with pytest.raises(ValueError, match="layers"):
         parse_intervals("layers", written)
@@ -98,7 +100,10 @@ def test_dense_steps_between_sparse_ones() -> None:
 
 
 def test_rules_with_options_of_their_own_get_metadata_of_their_own() -> None:
-    rules = [Rule(role="self", layers=0, **VSA), Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.5, tile_tyx=(2, 4, 4))]
+    rules = [
+        Rule(role="self", layers=0, **VSA),
+        Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.5, tile_tyx=(2, 4, 4)),
+    ]
     plan = Plan.resolve(AttentionPolicy(rules=rules), PLACES, model_name="Model")
     metadata = [build_metadata(name, rule.builder_options, 0, (8, 8, 8), (1, 1, 1), "cpu") for name, rule in plan.builders]
     assert [(m.sparsity, m.tile_tyx) for m in metadata] == [(0.8, (4, 4, 4)), (0.5, (2, 4, 4))]
@@ -119,8 +124,14 @@ def test_text_is_addressed_by_its_role_alone() -> None:
     [
         (lambda: AttentionPolicy(rules=[Rule(**VSA)]), "cross attention .* restrict it by role='self'"),
         (lambda: AttentionPolicy(rules=[Rule(role="cross", **VSA)]), "cross attention .* is not supported"),
-        (lambda: AttentionPolicy(rules=[Rule(role="text", backend="TORCH_SDPA")]), "names role 'text', and Model has self, cross"),
-        (lambda: AttentionPolicy(rules=[Rule(layers="4-6", backend="TORCH_SDPA")]), "names layers 4-6, and Model has 6, 0 to 5"),
+        (
+            lambda: AttentionPolicy(rules=[Rule(role="text", backend="TORCH_SDPA")]),
+            "names role 'text', and Model has self, cross",
+        ),
+        (
+            lambda: AttentionPolicy(rules=[Rule(layers="4-6", backend="TORCH_SDPA")]),
+            "names layers 4-6, and Model has 6, 0 to 5",
+        ),
         (lambda: AttentionPolicy(rules=[Rule(layers="6-", backend="TORCH_SDPA")]), "names layers 6-, and Model has 6"),
         (
             lambda: AttentionPolicy(rules=[Rule(backend="TORCH_SDPA"), Rule(layers=2, backend="FLASH_ATTN")]),

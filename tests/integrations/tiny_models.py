@@ -5,7 +5,6 @@ Grids are ragged for tiles of 4 × 4 × 4, and the number of video tokens is eve
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -256,7 +255,7 @@ def _convert(x: Any, dtype: torch.dtype) -> Any:
 
 def call(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the model's output."""
-    return model(**copy.copy(inputs), return_dict=False)[0]
+    return model(**inputs, return_dict=False)[0]
 
 
 def call_with_gradients(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:

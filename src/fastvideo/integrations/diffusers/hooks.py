@@ -2,7 +2,8 @@
 
 A compiled model (`torch.compile(model)`, or its blocks) runs the hooks as they are, outside of its graph. Where the call of a
 model is part of a larger compiled function, Dynamo traces them: then what a trace must not hold (builders, caches) runs while
-it is made, and its answer is kept under a name; what may change between calls, the step, is a number that Dynamo guards.
+it is made, and its answer is kept under a name; and the step, where a rule asks for it, is a constant that Dynamo guards, so
+that each step compiles anew.
 """
 
 from __future__ import annotations

@@ -1,0 +1,457 @@
+"""Steps, recomputation, compilation, several models and threads at once: each call runs by its own plan, and leaves nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from fastvideo.attention import use_attn_backend
+from fastvideo.forward_context import get_forward_context, set_forward_context
+from fastvideo.integrations.diffusers import (
+    AttentionPolicy,
+    Family,
+    Place,
+    Processor,
+    Rule,
+    Site,
+    apply,
+    denoising_step,
+    hooks,
+    known_models,
+    plan_of,
+    register_family,
+    remove,
+)
+from fastvideo.integrations.diffusers.state import current_state
+
+from .tiny_models import CASES, call, make
+
+diffusers.utils.logging.set_verbosity_error()
+
+SPARSE_LATER = AttentionPolicy(rules=[Rule(role="self", steps=slice(2, None), backend="VIDEO_SPARSE_ATTN", sparsity=0.5)])
+SPARSE = AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)])
+
+
+@pytest.fixture
+def phases(monkeypatch) -> list[int]:
+    """The phase of each forward call, in order."""
+    seen: list[int] = []
+    enter = hooks.enter_state
+
+    def spy(state) -> None:
+        seen.append(state.phase)
+        enter(state)
+
+    monkeypatch.setattr(hooks, "enter_state", spy)
+    return seen
+
+
+def wan_pipeline(scheduler) -> Any:
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=make("wan")[0],
+        transformer_2=make("wan")[0], boundary_ratio=0.5,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, **extra: Any) -> torch.Tensor:
+    inputs = {
+        "prompt_embeds": torch.ones(1, 7, 16), "negative_prompt_embeds": torch.zeros(1, 7, 16), "height": 64, "width": 96,
+        "num_frames": 17, "num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0,
+        "generator": torch.Generator().manual_seed(0),
+    }  # fmt: skip
+    return pipe(**{**inputs, **extra}).frames
+
+
+def test_a_pipelines_scheduler_counts_the_steps_of_both_models(phases: list[int]) -> None:
+    pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    original = run(pipe)
+    plans = apply(pipe, SPARSE_LATER)
+    assert list(plans) == ["transformer", "transformer_2"]
+    assert "VIDEO_SPARSE_ATTN (sparsity=0.5)" in str(plans)
+    changed = run(pipe)
+    assert phases == [0, 0, 0, 0, 1, 1, 1, 1]  # two calls per step; the last ones are of the second model
+    assert not torch.allclose(changed, original, atol=1e-3)
+    assert torch.equal(run(pipe), changed)
+    phases.clear()
+    run(pipe, guidance_scale=1.0)
+    assert phases == [0, 0, 1, 1]
+    # A scheduler that is put in later counts too.
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    phases.clear()
+    run(pipe)
+    assert phases == [0, 0, 0, 0, 1, 1, 1, 1]
+    apply(pipe)
+    assert torch.allclose(run(wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())), original)
+    remove(pipe)
+    assert plan_of(pipe.transformer) is None
+    assert plan_of(pipe.transformer_2) is None
+
+
+def test_steps_are_found_by_their_timestep_where_the_scheduler_does_not_count(phases: list[int]) -> None:
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=make("cogvideox")[0]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    apply(pipe, SPARSE_LATER)
+    run(pipe)
+    assert phases == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"timestep 7.5 is none of the scheduler's"):
+        pipe.transformer(**{**CASES["cogvideox"].inputs(), "timestep": torch.tensor([7.5, 7.5])})
+
+
+def test_a_pipeline_that_starts_later_starts_at_its_own_step_0(phases: list[int]) -> None:
+    pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    apply(pipe, SPARSE_LATER)
+    pipe.scheduler.set_timesteps(8)
+    pipe.scheduler.set_begin_index(5)
+    inputs = CASES["wan"].inputs()
+    for timestep in pipe.scheduler.timesteps[5:]:
+        noise = call(pipe.transformer, inputs)
+        pipe.scheduler.step(noise, timestep, inputs["hidden_states"])
+    assert phases == [0, 0, 1]
+
+
+def test_a_bare_model_is_told_its_step(phases: list[int]) -> None:
+    model, inputs = make("wan")
+    dense = call(model, inputs)
+    apply(model, SPARSE)
+    sparse = call(model, inputs)
+    apply(model, SPARSE_LATER)
+    with pytest.raises(ValueError, match=r"nobody says which step .*denoising_step"):
+        call(model, inputs)
+    with denoising_step(1):
+        assert torch.equal(call(model, inputs), dense)
+        with denoising_step(2):
+            assert torch.equal(call(model, inputs), sparse)
+        assert torch.equal(call(model, inputs), dense)
+    with pytest.raises(ValueError, match="nobody says"):
+        call(model, inputs)
+    with pytest.raises(ValueError, match="step >= 0"), denoising_step(-1):
+        pass
+    with pytest.raises(TypeError, match="step"), denoising_step(1.0):
+        pass
+
+
+def test_a_grid_can_be_told() -> None:
+    model, inputs = make("ltx")
+    apply(model, SPARSE)
+    expected = call(model, inputs)
+    coordinates = torch.rand(2, 3, 120)
+    packed = {**inputs, "num_frames": None, "height": None, "width": None, "video_coords": coordinates}
+    with pytest.raises(ValueError, match="grid_tyx="):
+        call(model, packed)
+    with denoising_step(0, grid_tyx=(5, 4, 6)):
+        told = call(model, packed)
+        assert torch.equal(call(model, inputs), expected)
+    assert torch.equal(told, call(model, {**inputs, "video_coords": coordinates}))
+    with denoising_step(0, grid_tyx=(5, 4, 5)), pytest.raises(ValueError, match="120"):
+        call(model, packed)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_recomputation_runs_by_the_plan_of_its_own_forward_call(name: str) -> None:
+    model, inputs = make(name)
+    apply(model, SPARSE_LATER)
+
+    def two_steps() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with denoising_step(0):
+            dense = call(model, inputs)
+        with denoising_step(2):
+            sparse = call(model, inputs)
+        (dense.square().mean() + sparse.square().sum()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = two_steps()
+    model.train()
+    model.enable_gradient_checkpointing()
+    function = model._gradient_checkpointing_func
+    found = two_steps()
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        assert torch.allclose(grad, expected[key], atol=1e-5, rtol=1e-4), key
+    assert model._gradient_checkpointing_func is function
+
+
+def test_models_side_by_side_keep_their_own_plans() -> None:
+    first, inputs = make("wan")
+    second, other = make("hunyuan")
+    alone = call(first, inputs), call(second, other)
+    apply(first, SPARSE)
+    changed = call(first, inputs)
+    assert torch.equal(call(second, other), alone[1])
+    apply(second, AttentionPolicy("TORCH_SDPA"))
+    assert torch.equal(call(first, inputs), changed)
+    assert not torch.allclose(changed, alone[0], atol=1e-3)
+    # One inside the other: the inner call doesn't disturb the outer.
+    handle = first.blocks[0].register_forward_pre_hook(lambda module, args: (call(second, other), None)[1])
+    assert torch.equal(call(first, inputs), changed)
+    handle.remove()
+
+
+def test_a_failed_call_leaves_nothing() -> None:
+    model, inputs = make("wan")
+    apply(model, SPARSE)
+    expected = call(model, inputs)
+    for bad in (
+        {**inputs, "encoder_hidden_states": torch.randn(2, 7, 3)},
+        {**inputs, "hidden_states": torch.randn(2, 4, 5, 9, 12)},
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            call(model, bad)
+        assert current_state() is None
+    with set_forward_context(5, None, forward_batch="mine"):
+        assert torch.equal(call(model, inputs), expected)
+        assert get_forward_context().forward_batch == "mine"
+
+
+def test_threads_run_by_their_own_steps() -> None:
+    model, inputs = make("wan")
+    apply(model, SPARSE_LATER)
+    with torch.no_grad():
+        expected = []
+        for step in (0, 2):
+            with denoising_step(step):
+                expected.append(call(model, inputs))
+    wrong: list[str] = []
+    start = threading.Barrier(2)
+
+    def work(step: int, result: torch.Tensor) -> None:
+        start.wait()
+        with torch.no_grad(), denoising_step(step):
+            for _ in range(8):
+                if not torch.equal(call(model, inputs), result):
+                    wrong.append(f"step {step}")
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip((0, 2), expected, strict=True)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert wrong == []
+
+
+def test_auto_follows_a_scope_and_cross_attention_does_not_follow_a_sparse_one() -> None:
+    model, inputs = make("wan")
+    original = call(model, inputs)
+    apply(model)
+    with use_attn_backend("TORCH_SDPA"):
+        assert torch.equal(call(model, inputs), original)
+    with use_attn_backend("VIDEO_SPARSE_ATTN"), pytest.raises(ValueError, match="VideoSparseAttentionMetadata"):
+        call(model, inputs)
+    assert {layer.decision.chosen for layer in model.blocks[0].attn2.processor.attend.layers} == {"TORCH_SDPA"}
+
+
+def test_compiled_blocks_follow_phases_and_not_steps() -> None:
+    model, inputs = make("wan")
+    apply(model, SPARSE_LATER)
+
+    def both_phases() -> list[torch.Tensor]:
+        outputs = []
+        for step in (0, 1, 2, 3, 7):
+            with denoising_step(step):
+                outputs.append(call(model, inputs))
+        return outputs
+
+    with torch.no_grad():
+        expected = both_phases()
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        for found, wanted in zip(both_phases(), expected, strict=True):
+            assert torch.allclose(found, wanted, atol=1e-6)
+    # Two blocks of one class share their graphs: one per phase.
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(("policy", "num_graphs"), [(SPARSE, 1), (SPARSE_LATER, 3)])
+def test_a_call_inside_a_compiled_function_follows_the_step(policy: AttentionPolicy, num_graphs: int) -> None:
+    model, inputs = make("wan")
+    apply(model, policy)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    function = torch.compile(lambda inputs: call(model, inputs), backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for step in (0, 1, 2, 0):
+            with denoising_step(step):
+                assert torch.allclose(function(inputs), call(model, inputs), atol=1e-6), step
+    assert counter.frame_count == num_graphs
+
+
+def test_pickled_and_alive_without_its_pipeline() -> None:
+    pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    apply(pipe, SPARSE_LATER)
+    model, inputs = pipe.transformer, CASES["wan"].inputs()
+    with torch.no_grad():
+        expected = call(model, inputs)
+        other = pickle.loads(pickle.dumps(model))
+        del pipe
+        gc.collect()
+        for orphan in (model, other, copy.deepcopy(model)):
+            with pytest.raises(ValueError, match="nobody says"):
+                call(orphan, inputs)
+            with denoising_step(0):
+                assert torch.equal(call(orphan, inputs), expected)
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got Linear; known are WanTransformer3DModel.*register_family"):
+        apply(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="pipeline or model"):
+        apply("model")
+    with pytest.raises(TypeError, match="DeviceMesh"):
+        apply(make("wan")[0], parallel=2)
+
+    class NotOurs:
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    model, _ = make("wan")
+    model.blocks[1].attn2.processor = NotOurs()
+    with pytest.raises(ValueError, match=r"blocks.1.attn2 .* has a processor NotOurs"):
+        apply(model)
+    model, _ = make("wan")
+    model.blocks[0].extra = copy.deepcopy(model.blocks[0].attn1)
+    with pytest.raises(ValueError, match=r"doesn't know: blocks.0.extra"):
+        apply(model)
+    model, _ = make("wan")
+    apply(model)
+    with pytest.raises(ValueError, match="parallel=mesh"):
+        model.blocks[0].attn1.processor._parallel_config = object()
+    # A refused policy changes nothing.
+    with pytest.raises(ValueError, match="layers"):
+        apply(model, AttentionPolicy(rules=[Rule(layers=9, backend="TORCH_SDPA")]))
+    assert plan_of(model).policy == AttentionPolicy()
+
+
+def test_a_pipeline_with_an_unknown_transformer_is_refused() -> None:
+    class Pipeline:
+        def __init__(self, **components: nn.Module) -> None:
+            self.components = components
+
+    with pytest.raises(ValueError, match="got Linear"):
+        apply(Pipeline(transformer=nn.Linear(1, 1), vae=nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match="Pipeline has no model of a known class"):
+        apply(Pipeline(vae=nn.Linear(1, 1)))
+
+
+class PlainAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.inner_dim = 2, 16
+        self.to_qkv = nn.Linear(16, 48)
+        self.processor = self.attend
+
+    @staticmethod
+    def attend(attn, x):
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in attn.to_qkv(x).chunk(3, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        return x + self.processor(self, x)
+
+
+class PlainModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PlainAttention() for _ in range(2))
+
+    def forward(self, video):
+        grid = video.shape[2:]
+        x = video.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return x.transpose(1, 2).unflatten(2, grid)
+
+
+class PlainProcessor(Processor):
+    def __call__(self, attn, x):
+        query, key, value = (part.unflatten(2, (2, 8)) for part in attn.to_qkv(x).chunk(3, -1))
+        return self.attend(query, key, value)[0].flatten(2)
+
+
+class PlainFamily(Family):
+    name, model_classes = "Plain", ("PlainModel",)
+
+    def sites(self, model):
+        return [Site(Place(f"layers.{i}", "self", i), PlainProcessor, ("function",)) for i in range(len(model.layers))]
+
+    def video_shape(self, model, inputs):
+        return tuple(inputs["video"].shape[2:]), (1, 1, 1)
+
+
+def test_a_new_family_can_be_added() -> None:
+    model, video = PlainModel(), torch.randn(1, 16, 5, 4, 6)
+    expected = model(video)
+    with pytest.raises(ValueError, match="got PlainModel"):
+        apply(model)
+    register_family(PlainFamily())
+    register_family(PlainFamily())
+    assert "PlainModel" in known_models()
+    for policy in ("auto", AttentionPolicy(rules=[Rule(backend="VIDEO_SPARSE_ATTN", sparsity=0.0)])):
+        apply(model, policy)
+        assert torch.allclose(model(video), expected, atol=1e-6)
+    apply(model, AttentionPolicy(rules=[Rule(backend="VIDEO_SPARSE_ATTN", sparsity=0.8)]))
+    assert not torch.allclose(model(video), expected, atol=1e-4)
+    remove(model)
+    assert torch.equal(model(video), expected)
+    with pytest.raises(TypeError, match="subclass of Family"):
+        register_family(PlainFamily)
+
+    class Other(PlainFamily):
+        model_classes = ("WanTransformer3DModel",)
+
+    with pytest.raises(ValueError, match="belongs to the family 'Wan' already"):
+        register_family(Other())
+
+
+def test_fused_projections_and_dropped_streams_keep_working() -> None:
+    for name in ("wan", "wan i2v", "cogvideox", "flux", "ltx"):
+        model, inputs = make(name)
+        original = call(model, inputs)
+        model.fuse_qkv_projections()
+        apply(model)
+        assert torch.allclose(call(model, inputs), original, atol=1e-5), name
+        remove(model)
+        model.unfuse_qkv_projections()
+        assert torch.allclose(call(model, inputs), original, atol=1e-5), name
+
+
+def test_autocast_runs_as_the_models_own_attention_does() -> None:
+    for name in ("wan", "hunyuan", "flux"):
+        model, inputs = make(name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            original = call(model, inputs)
+            apply(model)
+            assert torch.allclose(call(model, inputs), original, atol=0.05), name
+
+
+def test_masks_reach_joint_attention_in_its_order_of_tokens() -> None:
+    model, inputs = make("cogvideox")
+    mask = torch.rand(2, 1, 127) < 0.7
+    mask[..., 0] = True
+    bias = torch.zeros(2, 1, 127).masked_fill(~mask, float("-inf"))
+    inputs = {**inputs, "attention_kwargs": {"attention_mask": bias}}
+    original = call(model, inputs)
+    apply(model)
+    assert torch.allclose(call(model, inputs), original, atol=1e-5)
+    model, inputs = make("flux")
+    full = torch.rand(2, 1, 67, 67) < 0.7
+    full[..., 0] = True
+    inputs = {**inputs, "joint_attention_kwargs": {"attention_mask": full}}
+    original = call(model, inputs)
+    apply(model)
+    assert torch.allclose(call(model, inputs), original, atol=1e-5)
+    apply(model, SPARSE)
+    with pytest.raises(RuntimeError, match="mask"):
+        call(model, inputs)
