@@ -17,7 +17,7 @@ FLOORS = (
     ("fastvideo.models", "fastvideo.integrations", "fastvideo.benchmark"),
     ("fastvideo.attention", "fastvideo.attention.layer", "fastvideo.attention.streaming", "fastvideo.attention.kv_cache"),
     ("fastvideo.attention.parallel",),
-    ("fastvideo.attention.functional", "fastvideo.attention.parts"),
+    ("fastvideo.attention.functional", "fastvideo.attention.parts", "fastvideo.attention.shared_call"),
     ("fastvideo.attention.dispatch", "fastvideo.attention.explain"),
     ("fastvideo.attention.selector",),
     ("fastvideo.attention.registry",),

@@ -195,6 +195,40 @@ def check_shards(mesh, device: str) -> None:
     )
 
 
+def check_float8(mesh, device: str) -> None:
+    """What travels in float8 comes out close to what it was, and never with a gradient."""
+    size = dist.get_world_size()
+    q, k, v = (draw(2, 6, 4, 16, seed=seed, device=device).bfloat16() for seed in range(3))
+    for group, layout in ((dist.group.WORLD, "ulysses"), (dist.group.WORLD, "gather"), (mesh, "gather")):
+        if group is mesh and mesh["ring"].size() == 1:
+            continue
+        exact = DistributedAttention(4, 16, layout=layout, mesh=group)
+        eighth = DistributedAttention(4, 16, layout=layout, mesh=group, exchange_dtype=torch.float8_e4m3fn, head_groups=2)
+        expected, _ = exact(q, k, v)
+        found, _ = eighth(q, k, v)
+        off = (found - expected).norm() / expected.norm()
+        assert 0.001 < off < 0.06, f"{layout}: off by {off}"
+        leaf = q.clone().requires_grad_()
+        expect(NotImplementedError, "for inference", eighth, leaf, k, v)
+    ring = DistributedAttention(4, 16, layout="ring", exchange_dtype=torch.float8_e4m3fn)
+    expect(NotImplementedError, "got layout 'ring'", ring, q, k, v)
+    assert size > 1
+
+
+def check_compiled_lengths(mesh, device: str) -> None:
+    """Compiled layers follow lengths that change from step to step, uneven ones too."""
+    rank, size = sequence_parallel_world()
+    for layout in ("ulysses", "ring", "gather"):
+        torch._dynamo.reset()
+        layer = DistributedAttention(4, 16, layout=layout)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for length in (8, 13, 5):
+            lengths = tuple(length + r for r in range(size))
+            q, k, v = (draw(1, lengths[rank], 4, 16, seed=seed + rank, device=device) for seed in range(3))
+            with set_forward_context(0, None, shard_lengths=lengths):
+                torch.testing.assert_close(compiled(q, k, v)[0], layer(q, k, v)[0])
+
+
 def expect(error, text: str, function, *arguments, **keywords) -> None:
     with pytest.raises(error, match=re.escape(text)):
         function(*arguments, **keywords)
@@ -237,5 +271,8 @@ def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
         named["compiled, mesh"] = COMPILED["compiled, mesh"]
     checks = {name: functools.partial(check, case, mesh, device) for name, case in named.items()}
     checks["shards"] = functools.partial(check_shards, mesh, device)
+    checks["float8"] = functools.partial(check_float8, mesh, device)
+    if size == 2:
+        checks["compiled, changing lengths"] = functools.partial(check_compiled_lengths, mesh, device)
     checks["refusals"] = functools.partial(check_refusals, mesh, device)
     return checks

@@ -17,18 +17,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.dispatch import Dispatcher, check_sequence, find_metadata
 from fastvideo.attention.functional import describe_call, forward_extras, run_impl
-from fastvideo.attention.parallel import (
-    Chosen,
+from fastvideo.attention.parallel import Chosen, run_shared
+from fastvideo.attention.rope import apply_rope
+from fastvideo.attention.selector import BackendWish, Decision
+from fastvideo.attention.shared_call import (
     SharedCall,
     agreed,
     heads_at_backend,
     lengths_at_backend,
+    num_head_groups,
     replicated_last,
-    run_shared,
     shard_lengths_of,
 )
-from fastvideo.attention.rope import apply_rope
-from fastvideo.attention.selector import BackendWish, Decision
 from fastvideo.attention.validation import (
     autocast,
     check_causal,
@@ -42,6 +42,7 @@ from fastvideo.attention.validation import (
 )
 from fastvideo.distributed.layouts import LAYOUTS, Layout, resolve_layout
 from fastvideo.distributed.mesh import SequenceGroup, as_sequence_group, current_sequence_group
+from fastvideo.distributed.precision import FLOAT8
 from fastvideo.platforms import AttentionBackendEnum
 
 __all__ = ["DistributedAttention", "DistributedAttention_VSA", "LocalAttention"]
@@ -240,8 +241,10 @@ class DistributedAttention(_AttentionLayer):
         layout: `"auto"`, `"ulysses"`, `"ring"` or `"gather"`: a named one runs or raises.
         joint_strategy: Where replicated tokens stand in a mask: `"rear"`, behind the sequence, or `"front"`.
         replicated_grad: `"reduced"` or `"partial"`, see above.
-        head_groups: Into how many groups Ulysses cuts a device's heads, so that one travels while another is computed;
-            `None` takes 1 on CPU, and elsewhere as many as divide its heads, up to 4.
+        head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed
+            (by Ulysses and gather; groups are alike, so their number divides); `None` takes up to 4 on accelerators.
+        exchange_dtype: `torch.float8_e4m3fn` sends queries, keys, values and outputs in 8 bits with a scale per token and
+            head, by Ulysses and gather, without gradient; outputs are then off by about 3 %. `None` sends them as they are.
         **extra_impl_args: Handed to the implementation, which refuses what it doesn't know.
 
     Raises:
@@ -273,6 +276,7 @@ class DistributedAttention(_AttentionLayer):
         joint_strategy: str = "rear",
         replicated_grad: str = "reduced",
         head_groups: int | None = None,
+        exchange_dtype: torch.dtype | None = None,
         **extra_impl_args,
     ) -> None:
         super().__init__(
@@ -295,6 +299,9 @@ class DistributedAttention(_AttentionLayer):
                 raise ValueError(f"expected {name} as one of {', '.join(known)}, got {value!r}")
         if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
             raise ValueError(f"expected head_groups as a positive integer or None, got {head_groups!r}")
+        if exchange_dtype not in (None, FLOAT8):
+            raise ValueError(f"expected exchange_dtype as {FLOAT8} or None, got {exchange_dtype!r}")
+        self.exchange_dtype = exchange_dtype
         self.layout = layout
         self.joint_strategy = joint_strategy
         self.replicated_grad = replicated_grad
@@ -344,9 +351,8 @@ class DistributedAttention(_AttentionLayer):
             NotImplementedError: Causal attention between unequal lengths or with replicated tokens.
             BackendUnavailable: No backend that may run here can, in this layout.
         """
-        replicated = (replicated_q, replicated_k, replicated_v)
-        lengths = (shard_lengths, kv_shard_lengths)
-        return self._attend(q, k, v, replicated, None, attn_mask, freqs_cis, attn_metadata, lengths)
+        more, lengths = (replicated_q, replicated_k, replicated_v), (shard_lengths, kv_shard_lengths)
+        return self._attend(q, k, v, more, None, attn_mask, freqs_cis, attn_metadata, lengths)
 
     def _attend(
         self,
@@ -375,7 +381,7 @@ class DistributedAttention(_AttentionLayer):
         _check_gate(gate, q)
         call = SharedCall(
             q, k, v, gate, rest, attn_mask, lengths, kv_lengths, self.causal, self.softmax_scale,
-            reduces=self.replicated_grad == "reduced",
+            reduces=self.replicated_grad == "reduced", sends_float8=self.exchange_dtype is not None,
         )  # fmt: skip
         rows = (q.shape[0], q.shape[1] + call.num_rows, self.num_heads, self.head_size)
         is_padding = isinstance(attn_mask, torch.Tensor) and attn_mask.dim() == 2
@@ -383,21 +389,14 @@ class DistributedAttention(_AttentionLayer):
         if self.joint_strategy == "front":
             call = replicated_last(call)
         layout = resolve_layout(self.layout, group, self.num_heads, needs_whole_sequence=self._default_backend is not None)
-        call = replace(call, head_groups=self._num_head_groups(q, layout))
+        call = replace(call, head_groups=num_head_groups(call, layout, self.head_groups))
         chosen = self._choose(call, kind, layout, attn_metadata)
         metadata = find_metadata(chosen.whole, attn_metadata)
         check_sequence(chosen.whole, metadata, sum(lengths))
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
         call = replace(call, query=q, key=k, metadata=metadata)
-        return run_shared(agreed(call, group, layout, chosen, kind, self.prefix), group, layout, chosen)
-
-    def _num_head_groups(self, q: torch.Tensor, layout: Layout) -> int:
-        """Return into how many groups Ulysses cuts each device's heads; groups are alike, so their number divides."""
-        wanted = (1 if q.device.type == "cpu" else 4) if self.head_groups is None else self.head_groups
-        size = layout.ulysses.size
-        fitting = [groups for groups in range(1, wanted + 1) if self.num_kv_heads % (groups * size) == 0]
-        return max(fitting, default=1) if size > 1 else 1
+        return run_shared(agreed(call, group, layout, chosen.whole.name, kind, self.prefix), group, layout, chosen)
 
     def _choose(self, call: SharedCall, kind: str | None, layout: Layout, metadata: AttentionMetadata | None) -> Chosen:
         """Return what runs a group of this device's heads."""
@@ -408,6 +407,11 @@ class DistributedAttention(_AttentionLayer):
             gate=call.gate, replicated=call.replicated, num_replicated=call.num_more, return_lse=merges,
             layout=layout.name, lengths=(query_len, key_len),
         )  # fmt: skip
+        if call.sends_float8 and (merges or fields["needs_grad"]):
+            raise NotImplementedError(
+                f"exchange_dtype={self.exchange_dtype} is for inference by Ulysses or gather, got layout {layout.name!r} and "
+                f"needs_grad={fields['needs_grad']}; call under torch.no_grad(), or leave it None"
+            )
         fields = {**fields, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         # Causal attention in parts runs causal on the diagonal, and the parts beside it without.
         beside = self._dispatcher.select({**fields, "is_causal": False}, None, metadata) if merges and self.causal else None
@@ -473,9 +477,8 @@ class DistributedAttention_VSA(DistributedAttention):
         Returns:
             The output of this device's tokens, `[B, S, H, D]`, and that of the replicated ones, `[B, R, H, D]`, or `None`.
         """
-        replicated = (replicated_q, replicated_k, replicated_v)
-        lengths = (shard_lengths, kv_shard_lengths)
-        return self._attend(q, k, v, replicated, gate_compress, attn_mask, freqs_cis, attn_metadata, lengths)
+        more, lengths = (replicated_q, replicated_k, replicated_v), (shard_lengths, kv_shard_lengths)
+        return self._attend(q, k, v, more, gate_compress, attn_mask, freqs_cis, attn_metadata, lengths)
 
 
 def _check_gate(gate: torch.Tensor | None, q: torch.Tensor) -> None:

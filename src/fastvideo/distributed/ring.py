@@ -204,7 +204,7 @@ class _Parts(torch.autograd.Function):
         grad_mask = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask_needs_grad else None
         grad_more: torch.Tensor | None = None
         parts = _Keys(key, value, more_keys, more_values, steps, name)
-        on_the_way: list[tuple[torch.Tensor, Route]] = []
+        on_the_way: tuple[torch.Tensor, Route] | None = None
         for number, step in enumerate(steps):
             k, v = parts.of_step(number)
             num_more = parts.num_more if number == 0 else 0
@@ -227,9 +227,10 @@ class _Parts(torch.autograd.Function):
                 grad_kv[:, :, step.keys[0] : step.keys[1]] += part_kv
             else:
                 route = step.fetch.back()
-                on_the_way.append((start(part_kv, route, name), route))
-        for sent, route in on_the_way:
-            grad_kv += unpack(wait(sent), route.receive, route.shape)
+                sent = start(part_kv, route, name)
+                _add_arrived(grad_kv, on_the_way)
+                on_the_way = (sent, route)
+        _add_arrived(grad_kv, on_the_way)
         grad_key, grad_value = grad_kv.to(key.dtype).unbind(0)
         return (
             grad_query.to(query.dtype),
@@ -242,6 +243,15 @@ class _Parts(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_arrived(grad_kv: torch.Tensor, on_the_way: tuple[torch.Tensor, Route] | None) -> None:
+    if on_the_way is not None:
+        started, route = on_the_way
+        for part in route.receive.parts:
+            for first, last in part:  # one interval, from the rank that was shown these keys
+                shape = (*route.shape[:2], last - first, *route.shape[3:])
+                grad_kv[:, :, first:last] += wait(started).view(shape)
 
 
 class _Keys:

@@ -162,15 +162,14 @@ def gather_over_mesh(x: torch.Tensor, dim: int, lengths: Sequence[int], group: S
     if group.name or group.size == 1:
         return all_gather(x, dim, lengths, group)
     ring, ulysses = _parts(group)
-    rows = rows_of_mesh(lengths, group)
+    rows = rows_of_mesh(lengths, ulysses)
     x = all_gather(x, dim, rows[ring.rank], ulysses)
     return all_gather(x, dim, [sum(row) for row in rows], ring)
 
 
-def rows_of_mesh(lengths: Sequence[int], group: SequenceGroup) -> tuple[tuple[int, ...], ...]:
+def rows_of_mesh(lengths: Sequence[int], ulysses: SequenceGroup) -> tuple[tuple[int, ...], ...]:
     """Return the shard lengths of each Ulysses group, in the order of the ring."""
-    size = group.size if group.ulysses is None else group.ulysses.size
-    return tuple(tuple(lengths[first : first + size]) for first in range(0, group.size, size))
+    return tuple(tuple(lengths[first : first + ulysses.size]) for first in range(0, len(lengths), ulysses.size))
 
 
 def _parts(group: SequenceGroup) -> tuple[SequenceGroup, ...]:

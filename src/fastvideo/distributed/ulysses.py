@@ -27,10 +27,11 @@ from fastvideo.distributed.shards import split_lengths
 __all__ = [
     "HeadShares",
     "check_heads",
+    "cut_heads",
     "exchange_mask",
-    "gather_heads",
     "head_route",
     "heads_to_tokens",
+    "join_heads",
     "share_heads",
     "token_route",
     "tokens_to_heads",
@@ -107,20 +108,54 @@ def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None
         )
 
 
+def cut_heads(x: torch.Tensor, size: int, num_groups: int) -> list[torch.Tensor]:
+    """Return one tensor per group of heads, each with every rank's heads of that group.
+
+    Args:
+        x: `[B, S, H, D]`.
+        size: Number of ranks.
+        num_groups: Groups that each rank's heads fall into; above 1, H divides by `size * num_groups`.
+
+    Returns:
+        `[B, S, H / num_groups, D]` each.
+    """
+    if num_groups == 1:
+        return [x]
+    return [piece.flatten(2, 3) if size == 1 else piece for piece in torch.unflatten(x, 2, (size, num_groups, -1)).unbind(3)]
+
+
+def join_heads(pieces: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Return `[B, S, H, D]` from what `cut_heads` would make of it."""
+    if len(pieces) == 1:
+        return pieces[0]
+    by_rank = [piece if piece.dim() == 5 else torch.unflatten(piece, 2, (size, -1)) for piece in pieces]
+    return torch.stack(by_rank, dim=3).flatten(2, 4)
+
+
 def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
-    """Return the route of `[B, S_r, H, D]` to `[B, S, h, D]`, where `h` are this rank's heads and S the sum of `lengths`."""
-    batch, _, _, head_size = shape
+    """Return the route of a rank's tokens of all heads to all tokens of its heads.
+
+    Args:
+        shape: `[B, S_r, H, D]`, or `[B, S_r, P, h, D]` with as many heads for every rank.
+        heads: Heads of each rank.
+        lengths: Tokens of each rank, S together.
+        rank: This rank.
+
+    Returns:
+        The route to `[B, S, h, D]`.
+    """
     start, stop = heads[rank]
     by_heads = Cut(2, tuple((interval,) for interval in heads))
-    return Route(by_heads, consecutive(1, lengths), tuple(shape), (batch, sum(lengths), stop - start, head_size))
+    if len(shape) == 5:
+        by_heads = consecutive(2, (1,) * len(heads))
+    return Route(by_heads, consecutive(1, lengths), tuple(shape), (shape[0], sum(lengths), stop - start, shape[-1]))
 
 
 def token_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
-    """Return the route of `[B, S, h, D]` back to `[B, S_r, H, D]`; `heads` cover all heads once, from 0 or another first."""
+    """Return the route of `[B, S, h, D]` back to `[B, S_r, H, D]`; `heads` are every head once, or a group of each rank's."""
     batch, _, _, head_size = shape
-    own = consecutive(2, [stop - start for start, stop in heads])
-    total = sum(stop - start for start, stop in heads)
-    return Route(consecutive(1, lengths), own, tuple(shape), (batch, lengths[rank], total, head_size))
+    counts = [stop - start for start, stop in heads]
+    return Route(consecutive(1, lengths), consecutive(2, counts), tuple(shape), (batch, lengths[rank], sum(counts), head_size))
 
 
 def tokens_to_heads(tensors: Sequence[torch.Tensor], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
@@ -137,11 +172,6 @@ def heads_to_tokens(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
     size, num_heads = group.size, x.shape[2]
     heads = share_heads(num_heads * size, num_heads * size, size).query
     return exchange(x, token_route(x.shape, heads, (x.shape[1] // size,) * size, group.rank), group)
-
-
-def gather_heads(x: torch.Tensor, heads: Sequence[Interval], group: SequenceGroup) -> torch.Tensor:
-    """Return `[B, R, H, D]` on every rank from each rank's `[B, R, h, D]`."""
-    return all_gather(x, 2, [stop - start for start, stop in heads], group)
 
 
 def exchange_mask(

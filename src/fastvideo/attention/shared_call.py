@@ -1,0 +1,207 @@
+"""One call of a distributed layer: the tensors and numbers of this device, and what follows from them before anything is sent.
+
+`B batch, S tokens of this device's shard, R replicated tokens, H heads, D head size`; `[B, S, H, D]` everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.distributed.agreement import agree
+from fastvideo.distributed.layouts import Layout
+from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.precision import from_float8, to_float8
+from fastvideo.distributed.shards import resolve_lengths, rows_of_mesh
+from fastvideo.distributed.ulysses import share_heads
+from fastvideo.forward_context import thread_state
+
+__all__ = [
+    "SharedCall",
+    "agreed",
+    "heads_at_backend",
+    "lengths_at_backend",
+    "num_head_groups",
+    "replicated_last",
+    "shard_lengths_of",
+]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class SharedCall:
+    """A checked call of a distributed layer.
+
+    Attributes:
+        query: This device's queries, `[B, S_q, H, D]`.
+        key: Its keys, `[B, S_kv, H_kv, D]`.
+        value: Its values, likewise.
+        gate: The gate of a sparse backend, like `query`, or `None`.
+        replicated: Replicated query (or `None`), key and value, `[B, R, H, D]`, or `None`.
+        mask: Key padding or full mask in this device's coordinates, replicated tokens last, or `None`.
+        lengths: Queries of each device.
+        kv_lengths: Keys of each device.
+        is_causal: Each query sees only keys up to its own position.
+        scale: Factor of the scores.
+        reduces: Gradients of replicated inputs are summed over devices.
+        head_groups: Into how many groups each device's heads are cut, so that one travels while another is computed.
+        sends_float8: Tensors travel in float8; inference only.
+        metadata: The step's metadata.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None
+    replicated: tuple[Tensor | None, Tensor, Tensor] | None
+    mask: Tensor | None
+    lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
+    is_causal: bool
+    scale: float
+    reduces: bool
+    head_groups: int = 1
+    sends_float8: bool = False
+    metadata: AttentionMetadata | None = None
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Return a tensor as it travels."""
+        return to_float8(x) if self.sends_float8 else x
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """Return a tensor that has travelled as it was."""
+        return from_float8(x, self.query.dtype) if self.sends_float8 else x
+
+    @property
+    def num_rows(self) -> int:
+        """Replicated queries."""
+        return 0 if self.replicated is None or self.replicated[0] is None else self.replicated[0].shape[1]
+
+    @property
+    def num_more(self) -> int:
+        """Replicated keys."""
+        return 0 if self.replicated is None else self.replicated[1].shape[1]
+
+
+def shard_lengths_of(
+    query: Tensor,
+    key: Tensor,
+    group: SequenceGroup,
+    given: tuple[Sequence[int] | None, Sequence[int] | None],
+    *,
+    has_more: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the queries and the keys of each device.
+
+    Args:
+        query: This device's queries.
+        key: Its keys.
+        group: The devices.
+        given: The call's own lengths of queries and keys; `None` where it names none.
+        has_more: There are replicated keys, so that the devices may have none of their own.
+
+    Raises:
+        TypeError: Lengths are no integers.
+        ValueError: They don't fit the tensors, or those of keys can't be told, or there is nothing to attend to.
+    """
+    lengths = resolve_lengths(query.shape[1], group, thread_state.shard_lengths if given[0] is None else given[0])
+    if given[1] is not None:
+        kv_lengths = resolve_lengths(key.shape[1], group, given[1], "kv_shard_lengths")
+    elif key.shape[1] == query.shape[1]:
+        kv_lengths = lengths
+    elif len(set(lengths)) == 1:
+        kv_lengths = resolve_lengths(key.shape[1], group)
+    else:
+        raise ValueError(
+            f"queries are sharded in lengths {lengths}, and this device has {key.shape[1]} keys to {query.shape[1]} queries; "
+            "say how the keys are sharded with kv_shard_lengths="
+        )
+    if sum(lengths) == 0 or (sum(kv_lengths) == 0 and not has_more):
+        raise ValueError(
+            f"expected query and key without empty dims, got shape {tuple(query.shape)} and {tuple(key.shape)} on every device"
+        )
+    return lengths, kv_lengths
+
+
+def replicated_last(call: SharedCall) -> SharedCall:
+    """Return the call with a mask whose replicated tokens stand first put in the order in which they stand last."""
+    mask = call.mask
+    if mask is None or call.num_more == 0:
+        return call
+    mask = torch.cat([mask[..., call.num_more :], mask[..., : call.num_more]], dim=-1)
+    if mask.dim() == 4 and call.num_rows:
+        mask = torch.cat([mask[:, :, call.num_rows :], mask[:, :, : call.num_rows]], dim=2)
+    return replace(call, mask=mask)
+
+
+def lengths_at_backend(call: SharedCall, layout: Layout) -> tuple[tuple[int, int], bool]:
+    """Return the most queries and keys that a backend sees at once, and whether its results are merged."""
+    lengths, kv_lengths = ([sum(row) for row in rows_of_mesh(x, layout.ulysses)] for x in (call.lengths, call.kv_lengths))
+    if sum(kv_lengths) == 0:
+        return (max(call.lengths) + call.num_rows, call.num_more), False
+    if layout.ring.size == 1:
+        return (sum(lengths) + call.num_rows, sum(kv_lengths) + call.num_more), False
+    if call.is_causal:
+        return (max(lengths), max(lengths)), True
+    keys = sum(kv_lengths) if layout.gathers else max(kv_lengths)
+    return (max(lengths) + call.num_rows, keys + call.num_more), not layout.gathers
+
+
+def heads_at_backend(call: SharedCall, layout: Layout) -> tuple[int, int]:
+    """Return the query and key heads that a backend sees at once; those of the first device where this one has none."""
+    num_heads, num_kv_heads = call.query.shape[2], call.key.shape[2]
+    if sum(call.kv_lengths) == 0:
+        return num_heads, num_kv_heads
+    shares = share_heads(num_heads, num_kv_heads, layout.ulysses.size, 0, call.head_groups)
+    start, stop = shares.query[layout.ulysses.rank]
+    rank = layout.ulysses.rank if stop > start else 0
+    start, stop = shares.query[rank]
+    return stop - start, len(shares.key_index(rank, num_heads, num_kv_heads))
+
+
+def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str, kind: str | None, prefix: str) -> SharedCall:
+    """Return the call once no other rank can be making another one.
+
+    Raises:
+        RanksDisagree: A rank makes another call, or none within the timeout.
+    """
+    batch, _, num_heads, head_size = call.query.shape
+    mask = None if call.mask is None or kind is None else (kind, *([call.mask.shape[1]] if call.mask.dim() == 4 else []))
+    query = agree(
+        call.query,
+        group,
+        layer=prefix,
+        backend=backend,
+        layout=layout.name,
+        query=(batch, num_heads, head_size),
+        key_heads=call.key.shape[2],
+        lengths=call.lengths,
+        kv_lengths=call.kv_lengths,
+        replicated=(call.num_rows, call.num_more, call.reduces),
+        dtype=call.query.dtype,
+        mask=mask,
+        gate=call.gate is not None,
+        causal=call.is_causal,
+        head_groups=call.head_groups,
+        float8=call.sends_float8,
+    )
+    return replace(call, query=query)
+
+
+def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None) -> int:
+    """Return into how many groups heads are cut on their way: at most `wanted`, and a number that divides them.
+
+    `None` wants up to 4 on accelerators, with messages above 1 MiB: below, an exchange takes as long as its latency.
+    """
+    if sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
+        return 1
+    if wanted is None:
+        _, _, num_heads, head_size = call.query.shape
+        size = max(call.lengths) * num_heads * head_size * call.query.element_size()
+        wanted = 1 if call.query.device.type == "cpu" else min(4, max(1, size >> 20))
+    fitting = [groups for groups in range(2, wanted + 1) if call.key.shape[2] % (groups * layout.ulysses.size) == 0]
+    return max(fitting, default=1)
