@@ -42,9 +42,14 @@ class Implementation:
 
 
 IMPLEMENTATIONS: dict[str, str] = {
+    "hopper": "fastvideo.block_sparse.impl.hopper:IMPLEMENTATION",
     "triton": "fastvideo.block_sparse.impl.triton:IMPLEMENTATION",
     "portable": "fastvideo.block_sparse.impl.portable:IMPLEMENTATION",
     "reference": "fastvideo.block_sparse.impl.reference:IMPLEMENTATION",
+    # Behind one that accepts everything: these run when they are asked for by name.
+    "cudnn": "fastvideo.block_sparse.impl.cudnn:IMPLEMENTATION",
+    "flash": "fastvideo.block_sparse.impl.flash:IMPLEMENTATION",
+    "flex": "fastvideo.block_sparse.impl.flex:IMPLEMENTATION",
 }
 
 

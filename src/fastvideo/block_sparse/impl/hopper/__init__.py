@@ -1,0 +1,86 @@
+"""Block-sparse attention by kernels of our own for NVIDIA Hopper (sm_90a), written in Gluon; forward and backward.
+
+Work follows real tokens: tiles lie packed in granules of 16 rows, up to four small tiles share one block of the tensor
+cores, and keys of partial tiles are loaded granule by granule. Output and gradients are the same bits for the same
+inputs. Where small query tiles share a block, a NaN or infinity in a key tile that one of them lists reaches the others.
+
+The parts: `packing` (rows), `plan` (what each block walks), `forward_kernel`, `backward_kernels`, `launch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from fastvideo.block_sparse.impl import Implementation
+from fastvideo.block_sparse.pattern import BlockPattern
+
+_DTYPES = (torch.float16, torch.bfloat16)
+# What ran on a GPU against float64. Head size 64 compiles and waits for that: ptxas 12.8 gave its first dquery kernel wrong
+# registers, without a word, so a kernel that compiles is not yet one that is right. The same holds for other versions.
+_HEAD_SIZES = (128,)
+_TRITON_VERSIONS = ("3.6",)
+_MAX_TILE_SIZE = 128
+_INSTALL = 'pip install "fastvideo-attention[triton]"'
+
+
+@functools.cache
+def _triton_rejection() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"triton is not installed: {_INSTALL}"
+    version = importlib.metadata.version("triton")
+    if not version.startswith(tuple(f"{known}." for known in _TRITON_VERSIONS)):
+        return f"is checked with triton {', '.join(_TRITON_VERSIONS)} (torch 2.11 brings it), got {version}"
+    return None
+
+
+def _device_rejection(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"needs tensors on a GPU (device type 'cuda'), got {device}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), got {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> tuple[str, ...]:  # noqa: ARG001
+    """Every reason why the kernels can't run; see `Implementation.rejections`."""
+    reasons = [reason for reason in (_triton_rejection(), _device_rejection(query.device)) if reason is not None]
+    if query.dtype not in _DTYPES:
+        reasons.append(f"needs float16 or bfloat16, got {query.dtype}")
+    if query.shape[3] not in _HEAD_SIZES:
+        reasons.append(f"needs a head size of {' or '.join(map(str, _HEAD_SIZES))}, got {query.shape[3]}")
+    for name, layout in (("query", pattern.query_tiles), ("key", pattern.key_tiles)):
+        if layout.max_size > _MAX_TILE_SIZE:
+            reasons.append(f"needs {name} tiles up to {_MAX_TILE_SIZE} tokens, got {layout.max_size}")
+    return tuple(reasons)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
+    """See `Implementation.forward`."""
+    from fastvideo.block_sparse.impl.hopper import launch
+
+    return launch.forward(query, key, value, pattern, scale)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Implementation.backward`."""
+    from fastvideo.block_sparse.impl.hopper import launch
+
+    return launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
+
+
+IMPLEMENTATION = Implementation(rejections, forward, backward)

@@ -1,0 +1,479 @@
+"""Backward of block-sparse attention for sm_90a, in Gluon: a kernel for dquery and one for dkey and dvalue.
+
+Both are persistent, with two consumer warpgroups that own a block of 64 packed rows each and walk its plan (`plan.py`) in
+half steps of 64 rows, and one producer warp a warpgroup that fills its ring by tensor copies. The scores are computed anew in
+each, seven products where one kernel would need five; but nothing is added into memory, so the same inputs give the same
+bits, and that is also faster: fp32 additions into dquery run at 1.6 TB/s, which alone costs more than the two products.
+
+- dquery keeps queries, the output's gradient and dquery in registers; its ring holds keys and values.
+- dkey and dvalue keep both results in registers (128 a thread) and keys and values in shared memory. Scores are held
+  transposed, `[keys, queries]`. The ring holds queries, the output's gradient and, by a tensor copy too, a pair (base-2
+  log-sum-exp, delta) for each query: read from global memory by column they would not fit into registers.
+- Keys and values of a block are sent after the first stages of the ring, which are free before the block before it is
+  written; in the other order every block exposes the latency of both.
+- Blocks with long walks come first within a head (`order`): walks of keys differ by how popular a tile is.
+
+Pads of keys are masked for dquery, since `exp2(0 - lse)` may be infinite; pads of queries have a log-sum-exp of +inf.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (the types of kernel arguments are Triton's, not Python's)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fastvideo.block_sparse.impl.hopper.forward_kernel import locate_block, seen, wait_for_all
+from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
+
+
+@gluon.jit
+def _mask_bytes(o_column, word):
+    """The byte of each of 64 columns' granule; see `plan.py`."""
+    return (word >> (o_column // 16 * 8)) & 255
+
+
+@gluon.jit
+def _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS: gl.constexpr):
+    if i_half >= clean_halves:
+        b_p = gl.where(seen(_mask_bytes(o_column, word), o_granule, o_column), b_p, 0.0)
+    elif BOX_TOKENS < 64:
+        b_p = gl.where(gl.expand_dims(o_column < BOX_TOKENS, 0), b_p, 0.0)
+    return b_p
+
+
+@gluon.jit
+def _dq_producer(source, walks, places, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, IN_STEP: gl.constexpr):
+    key_boxes, value_boxes, key_granules, value_granules, k_s, v_s, full, empty = source
+    rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP = walks
+    s_row_b, s_row_h, s_column_h = places
+    num_shared = gl.load(counts)
+    num_blocks = gl.load(counts + 1)
+    num_rows = num_heads * num_blocks
+    num_done = 0
+    for i_row in range(gl.program_id(0) * 2 + WG, num_rows, gl.num_programs(0) * 2):
+        if IN_STEP:
+            a_wave = gl.num_programs(0) * 2
+            i_wave = i_row // a_wave
+            wait_for_all(arrivals, i_wave, gl.minimum(a_wave, num_rows - i_wave * a_wave))
+        i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
+        i_base = (first_head + i_head) // HEADS * s_row_b + i_head // GROUP * s_row_h
+        i_column = (first_head + i_head) % HEADS // GROUP * s_column_h
+        p_meta = meta + (i_head * s_plan + i_block) * 6
+        box_halves = gl.load(p_meta + 3) * 2
+        num_halves = gl.load(p_meta + 5)
+        p_rows = rows + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
+        next_box = gl.load(p_rows)
+        for i_half in range(num_halves):
+            i_box = next_box
+            next_box = gl.load(p_rows + i_half + 1)
+            i_stage = WG * STAGES + num_done % STAGES
+            bar = full.index(i_stage)
+            mbarrier.wait(empty.index(i_stage), ((num_done // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, 64 * D * 4)
+            if i_half < box_halves:
+                tma_load(key_boxes, [i_base + i_box, i_column], bar, k_s.index(i_stage))
+                tma_load(value_boxes, [i_base + i_box, i_column], bar, v_s.index(i_stage))
+            else:
+                p_half = p_rows + box_halves + (i_half - box_halves) * 4
+                for i in gl.static_range(4):
+                    i_granule = i_base + gl.load(p_half + i)
+                    tma_load(key_granules, [i_granule, i_column], bar, k_s.index(i_stage).slice(16 * i, 16, dim=0))
+                    tma_load(value_granules, [i_granule, i_column], bar, v_s.index(i_stage).slice(16 * i, 16, dim=0))
+            num_done += 1
+
+
+@gluon.jit
+def _dq_consumer(
+    buffers, work, tensors, strides, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, BOX_TOKENS: gl.constexpr
+):
+    staging_s, k_s, v_s, full, empty = buffers
+    masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_QUERIES = work
+    query, dout, stats, dquery, scale, scale_log2 = tensors
+    s_qb, s_qs, s_qh, s_db, s_ds, s_dh = strides
+    scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    result: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    q_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=scores, k_width=2)
+    ds_operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=result, k_width=2)
+    score_rows: gl.constexpr = gl.SliceLayout(1, scores)
+    memory: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = query.dtype.element_ty
+    b_none = gl.zeros([64, 64], gl.float32, scores)
+    o_column = gl.arange(0, 64, gl.SliceLayout(0, scores))
+    o_score_row = gl.arange(0, 64, score_rows)
+    o_granule = o_score_row // 16
+    o_row = gl.arange(0, 64, gl.SliceLayout(1, memory))
+    o_d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, memory)), 0)
+    staging = staging_s.index(WG)
+    num_shared = gl.load(counts)
+    num_blocks = gl.load(counts + 1)
+    num_rows = num_heads * num_blocks
+    num_done = 0
+    for i_row in range(gl.program_id(0) * 2 + WG, num_rows, gl.num_programs(0) * 2):
+        i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
+        i_b, i_h = ((first_head + i_head) // HEADS).to(gl.int64), ((first_head + i_head) % HEADS).to(gl.int64)
+        p_meta = meta + (i_head * s_plan + i_block) * 6
+        clean_halves = gl.load(p_meta + 2) * 2
+        num_halves = gl.load(p_meta + 5)
+        p_masks = masks + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_halves
+        o_token = i_block * 64 + o_row
+        if row_token is not None:
+            o_token = gl.load(row_token + o_token)
+        m_row = gl.expand_dims(o_token >= 0, 1)
+        o_token = gl.expand_dims(o_token.to(gl.int64), 1)
+        p_stats = stats + ((i_head.to(gl.int64) * max_blocks + i_block) * 64 + o_score_row) * 2
+        b_lse = gl.load(p_stats)
+        b_delta = gl.load(p_stats + 1)
+        staging.store(gl.load(query + i_b * s_qb + i_h * s_qh + o_token * s_qs + o_d, mask=m_row, other=0.0))
+        b_q = staging.load(q_operand)
+        staging.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
+        b_dout = staging.load(q_operand)
+        b_dq = gl.zeros([64, D], gl.float32, result)
+        for i_half in range(num_halves):
+            i_stage = WG * STAGES + num_done % STAGES
+            word = 0
+            if i_half >= clean_halves:
+                word = gl.load(p_masks + i_half)
+            mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
+            b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+            b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+            b_s = warpgroup_mma_wait(1, deps=(b_st,))
+            b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
+            b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
+            b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
+            b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 1))).to(dtype), ds_operand)
+            b_dqt = warpgroup_mma(b_ds, k_s.index(i_stage), b_dq, is_async=True)
+            b_dq = warpgroup_mma_wait(0, deps=(b_dqt,))
+            mbarrier.arrive(empty.index(i_stage))
+            num_done += 1
+        staging.store((b_dq * scale).to(dtype))
+        p_dq = dquery + (i_b * NUM_QUERIES * HEADS + i_h) * D
+        gl.store(p_dq + o_token * (HEADS * D) + o_d, staging.load(memory), mask=m_row)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        *("num_heads", "max_blocks", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "GROUP", "NUM_QUERIES")
+    ]
+)
+def block_sparse_bwd_dq_kernel(
+    key_boxes,
+    value_boxes,
+    key_granules,
+    value_granules,
+    rows,
+    masks,
+    meta,
+    counts,
+    row_token,
+    arrivals,
+    query,
+    dout,
+    stats,
+    dquery,
+    num_heads,
+    max_blocks,
+    s_plan,
+    s_rows,
+    s_masks,
+    first_head,
+    HEADS,
+    GROUP,
+    NUM_QUERIES,
+    s_row_b,
+    s_row_h,
+    s_column_h,
+    s_qb,
+    s_qs,
+    s_qh,
+    s_db,
+    s_ds,
+    s_dh,
+    scale,
+    scale_log2,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    BOX_TOKENS: gl.constexpr,
+    IN_STEP: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    """Gradient of the queries, `[B, S_q, Hq, D]`, of `num_heads` heads from `first_head` on; see the forward's kernel."""
+    dtype: gl.constexpr = query.dtype.element_ty
+    staging_s = gl.allocate_shared_memory(dtype, [2, 64, D], key_boxes.layout)
+    k_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], key_boxes.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], value_boxes.layout)
+    full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    buffers = (staging_s, k_s, v_s, full, empty)
+    work = (masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_QUERIES)
+    tensors = (query, dout, stats, dquery, scale, scale_log2)
+    strides = (s_qb, s_qs, s_qh, s_db, s_ds, s_dh)
+    source = (key_boxes, value_boxes, key_granules, value_granules, k_s, v_s, full, empty)
+    walks = (rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP)
+    places = (s_row_b, s_row_h, s_column_h)
+    gl.warp_specialize(
+        [
+            (_dq_consumer, (buffers, work, tensors, strides, 0, STAGES, D, BOX_TOKENS)),
+            (_dq_consumer, (buffers, work, tensors, strides, 1, STAGES, D, BOX_TOKENS)),
+            (_dq_producer, (source, walks, places, 0, STAGES, D, IN_STEP)),
+            (_dq_producer, (source, walks, places, 1, STAGES, D, IN_STEP)),
+        ],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@gluon.jit
+def _load_owned(boxes, bars, k_s, v_s, i_row, i_column, num_items, WG: gl.constexpr, D: gl.constexpr):
+    """Send keys and values of a block once those of the block before have been let go."""
+    key_boxes, value_boxes = boxes
+    full, empty = bars
+    mbarrier.wait(empty.index(WG), (num_items & 1) ^ 1)
+    mbarrier.expect(full.index(WG), 64 * D * 4)
+    tma_load(key_boxes, [i_row, i_column], full.index(WG), k_s.index(WG))
+    tma_load(value_boxes, [i_row, i_column], full.index(WG), v_s.index(WG))
+
+
+@gluon.jit
+def _dkdv_producer(
+    source, owned, ring, walks, places, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr
+):
+    query_boxes, dout_boxes, stats_boxes, query_granules, dout_granules, stats_granules = source
+    owned_boxes, owned_bars, k_s, v_s = owned
+    q_s, do_s, stats_s, full, empty = ring
+    order, lengths, rows, meta, counts, num_heads, max_blocks, s_plan, s_rows, first_head, HEADS, max_rows = walks
+    s_row_b, s_row_h, s_column_h, s_krow_b, s_krow_h, s_kcolumn_h = places
+    num_items = num_heads * gl.load(counts + 1)
+    num_done = 0
+    num_owned = 0
+    for i_item in range(gl.program_id(0) * 2 + WG, num_items, gl.num_programs(0) * 2):
+        i_place = gl.load(order + i_item)
+        i_head, i_block = i_place // max_blocks, i_place % max_blocks
+        i_b, i_h = (first_head + i_head) // HEADS, (first_head + i_head) % HEADS
+        i_own_row = i_b * s_krow_b + i_head * s_krow_h + i_block * 64
+        length = gl.load(lengths + i_place)
+        num_before = gl.maximum(gl.minimum(STAGES, length) - 1, 0)
+        num_sent = 0
+        for i_group in range(GROUP):
+            i_query_head = i_head * GROUP + i_group
+            i_base = i_b * s_row_b + i_query_head * s_row_h
+            i_column = (i_h * GROUP + i_group) * s_column_h
+            i_stats = i_query_head * max_rows
+            p_meta = meta + (i_query_head * s_plan + i_block) * 6
+            box_halves = gl.load(p_meta + 3) * 2
+            num_halves = gl.load(p_meta + 5)
+            p_rows = rows + gl.where(s_plan > 0, i_query_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
+            next_box = gl.load(p_rows)
+            for i_half in range(num_halves):
+                i_box = next_box
+                next_box = gl.load(p_rows + i_half + 1)
+                i_stage = WG * STAGES + num_done % STAGES
+                bar = full.index(i_stage)
+                mbarrier.wait(empty.index(i_stage), ((num_done // STAGES) & 1) ^ 1)
+                mbarrier.expect(bar, 64 * D * 4 + 512)
+                if i_half < box_halves:
+                    tma_load(query_boxes, [i_base + i_box, i_column], bar, q_s.index(i_stage))
+                    tma_load(stats_boxes, [(i_stats + i_box) * 2], bar, stats_s.index(i_stage))
+                    tma_load(dout_boxes, [i_base + i_box, i_column], bar, do_s.index(i_stage))
+                else:
+                    p_half = p_rows + box_halves + (i_half - box_halves) * 4
+                    for i in gl.static_range(4):
+                        i_granule = gl.load(p_half + i)
+                        i_from = i_base + i_granule
+                        tma_load(query_granules, [i_from, i_column], bar, q_s.index(i_stage).slice(16 * i, 16, dim=0))
+                        tma_load(stats_granules, [(i_stats + i_granule) * 2], bar, stats_s.index(i_stage).slice(32 * i, 32))
+                        tma_load(dout_granules, [i_from, i_column], bar, do_s.index(i_stage).slice(16 * i, 16, dim=0))
+                num_done += 1
+                if num_sent == num_before:
+                    _load_owned(owned_boxes, owned_bars, k_s, v_s, i_own_row, i_h * s_kcolumn_h, num_owned, WG, D)
+                num_sent += 1
+        if length == 0:
+            _load_owned(owned_boxes, owned_bars, k_s, v_s, i_own_row, i_h * s_kcolumn_h, num_owned, WG, D)
+        num_owned += 1  # noqa: SIM113 (kernels have no enumerate)
+
+
+@gluon.jit
+def _columns_of(stats, COLUMNS: gl.constexpr):
+    """Log-sum-exp and delta of 64 columns from pairs in shared memory, 16 bytes a read."""
+    pairs: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [16], [32], [64]],
+        lane_bases=[[4], [8], [0], [0], [0]],
+        warp_bases=[[0], [0]],
+        block_bases=[],
+        shape=[128],
+    )
+    b_lse, b_delta = gl.split(stats.load(pairs).reshape([64, 2]))
+    return gl.convert_layout(b_lse, COLUMNS, assert_trivial=True), gl.convert_layout(b_delta, COLUMNS, assert_trivial=True)
+
+
+@gluon.jit
+def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr):
+    k_s, v_s, owned_full, owned_empty = owned
+    q_s, do_s, stats_s, full, empty = ring
+    order, masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS = work
+    dkey, dvalue, scale, scale_log2 = tensors
+    scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    result: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=result, k_width=2)
+    columns: gl.constexpr = gl.SliceLayout(0, scores)
+    memory: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = dkey.dtype.element_ty
+    b_none = gl.zeros([64, 64], gl.float32, scores)
+    o_column = gl.arange(0, 64, columns)
+    o_granule = gl.arange(0, 64, gl.SliceLayout(1, scores)) // 16
+    o_row = gl.arange(0, 64, gl.SliceLayout(1, memory))
+    o_d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, memory)), 0)
+    k = k_s.index(WG)
+    v = v_s.index(WG)
+    num_items = num_heads * gl.load(counts + 1)
+    num_done = 0
+    num_owned = 0
+    for i_item in range(gl.program_id(0) * 2 + WG, num_items, gl.num_programs(0) * 2):
+        i_place = gl.load(order + i_item)
+        i_head, i_block = i_place // max_blocks, i_place % max_blocks
+        b_dk = gl.zeros([64, D], gl.float32, result)
+        b_dv = gl.zeros([64, D], gl.float32, result)
+        mbarrier.wait(owned_full.index(WG), num_owned & 1)
+        for i_group in range(GROUP):
+            i_query_head = i_head * GROUP + i_group
+            p_meta = meta + (i_query_head * s_plan + i_block) * 6
+            clean_halves = gl.load(p_meta + 2) * 2
+            num_halves = gl.load(p_meta + 5)
+            p_masks = masks + gl.where(s_plan > 0, i_query_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_halves
+            for i_half in range(num_halves):
+                i_stage = WG * STAGES + num_done % STAGES
+                word = 0
+                if i_half >= clean_halves:
+                    word = gl.load(p_masks + i_half)
+                mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
+                b_st = warpgroup_mma(k, q_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                b_dpt = warpgroup_mma(v, do_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                b_s = warpgroup_mma_wait(1, deps=(b_st,))
+                b_lse, _unused = _columns_of(stats_s.index(i_stage), columns)
+                b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
+                b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, 64)
+                b_po = gl.convert_layout(b_p.to(dtype), operand)
+                # Both numbers of a pair together do not fit into registers, and within one basic block the compiler would
+                # read them once. This wait is over already and begins another block.
+                mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
+                _unused, b_delta = _columns_of(stats_s.index(i_stage), columns)
+                b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
+                b_dvt = warpgroup_mma(b_po, do_s.index(i_stage), b_dv, is_async=True)
+                b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype), operand)
+                b_dkt = warpgroup_mma(b_ds, q_s.index(i_stage), b_dk, is_async=True)
+                b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dkt, b_dvt))
+                mbarrier.arrive(empty.index(i_stage))
+                num_done += 1
+        i_b, i_h = ((first_head + i_head) // HEADS).to(gl.int64), (first_head + i_head) % HEADS
+        o_token = i_block * 64 + o_row
+        if row_token is not None:
+            o_token = gl.load(row_token + o_token)
+        m_row = gl.expand_dims(o_token >= 0, 1)
+        o_to = (i_b * NUM_KEYS * HEADS + i_h) * D + gl.expand_dims(o_token.to(gl.int64), 1) * (HEADS * D) + o_d
+        # Keys and values have been read; their memory turns rows into 16 bytes a thread.
+        k.store((b_dk * scale).to(dtype))
+        v.store(b_dv.to(dtype))
+        gl.store(dkey + o_to, k.load(memory), mask=m_row)
+        gl.store(dvalue + o_to, v.load(memory), mask=m_row)
+        fence_async_shared()
+        mbarrier.arrive(owned_empty.index(WG))
+        num_owned += 1  # noqa: SIM113 (kernels have no enumerate)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        *("num_heads", "max_blocks", "max_rows", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "NUM_KEYS")
+    ]
+)
+def block_sparse_bwd_dkdv_kernel(
+    query_boxes,
+    dout_boxes,
+    stats_boxes,
+    query_granules,
+    dout_granules,
+    stats_granules,
+    key_boxes,
+    value_boxes,
+    order,
+    lengths,
+    rows,
+    masks,
+    meta,
+    counts,
+    row_token,
+    dkey,
+    dvalue,
+    num_heads,
+    max_blocks,
+    max_rows,
+    s_plan,
+    s_rows,
+    s_masks,
+    first_head,
+    HEADS,
+    NUM_KEYS,
+    s_row_b,
+    s_row_h,
+    s_column_h,
+    s_krow_b,
+    s_krow_h,
+    s_kcolumn_h,
+    scale,
+    scale_log2,
+    D: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    """Gradients of keys and values, `[B, S_k, Hkv, D]`, of `num_heads` key heads from `first_head` on.
+
+    `order` lists the places `head * max_blocks + block` in the order of work, `lengths` holds the half steps of each
+    place over the GROUP query heads. `max_rows` are the packed rows of a query head; `s_row_*` lead to queries, `s_krow_*`
+    to keys.
+    """
+    dtype: gl.constexpr = dkey.dtype.element_ty
+    k_s = gl.allocate_shared_memory(dtype, [2, 64, D], key_boxes.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2, 64, D], value_boxes.layout)
+    q_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], query_boxes.layout)
+    do_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], dout_boxes.layout)
+    stats_s = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 128], stats_boxes.layout)
+    owned_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    owned_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(owned_full.index(i), count=1)
+        mbarrier.init(owned_empty.index(i), count=1)
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    ring = (q_s, do_s, stats_s, full, empty)
+    held = (k_s, v_s, owned_full, owned_empty)
+    work = (order, masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS)
+    tensors = (dkey, dvalue, scale, scale_log2)
+    source = (query_boxes, dout_boxes, stats_boxes, query_granules, dout_granules, stats_granules)
+    sent = ((key_boxes, value_boxes), (owned_full, owned_empty), k_s, v_s)
+    walks = (order, lengths, rows, meta, counts, num_heads, max_blocks, s_plan, s_rows, first_head, HEADS, max_rows)
+    places = (s_row_b, s_row_h, s_column_h, s_krow_b, s_krow_h, s_kcolumn_h)
+    gl.warp_specialize(
+        [
+            (_dkdv_consumer, (held, ring, work, tensors, 0, STAGES, D, GROUP)),
+            (_dkdv_consumer, (held, ring, work, tensors, 1, STAGES, D, GROUP)),
+            (_dkdv_producer, (source, sent, ring, walks, places, 0, STAGES, D, GROUP)),
+            (_dkdv_producer, (source, sent, ring, walks, places, 1, STAGES, D, GROUP)),
+        ],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+    )

@@ -1,0 +1,11 @@
+"""The names of Gluon that differ between versions of Triton; the kernels take them from here alone."""
+
+from __future__ import annotations
+
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["TensorDescriptor", "tma_load"]
+
+# Named by its direction in Triton 3.6 to 3.8, by what it does later; the old name then raises.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

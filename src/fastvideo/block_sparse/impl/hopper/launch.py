@@ -1,0 +1,409 @@
+"""Launches of the Hopper kernels: which heads at a time, tensor maps, strides and the constants of a kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from fastvideo.block_sparse.impl.hopper import backward_kernels as bwd
+from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
+from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
+from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_keys_kernel, pack_layout, pack_queries_kernel
+from fastvideo.block_sparse.impl.hopper.plan import Plan, mark, plan_lists, plan_marks
+from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
+
+_LOG2E = math.log2(math.e)
+# Packed rows and plans of the heads that one launch works on stay near this, and at least one head is worked on.
+_SCRATCH_BYTES = 512 << 20
+# Keys and values of a head that need more than this fall out of the L2 cache unless all programs walk in step.
+_IN_STEP_BYTES = 32 << 20
+
+Constants = dict[str, int]
+# Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
+_REGISTERS: Constants = {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
+FWD: dict[int, Constants] = {
+    64: {"K_STAGES": 2, "V_STAGES": 2, **_REGISTERS},
+    128: {"K_STAGES": 1, "V_STAGES": 2, **_REGISTERS},
+}
+DQ: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 3, **_REGISTERS}}
+DKDV: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 2, **_REGISTERS}}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Two tensors of one shape as rows that tensor copies read.
+
+    Attributes:
+        first: `[rows, columns]`.
+        second: `[rows, columns]`.
+        s_row_b: Rows from one sample to the next, 0 where heads follow one another.
+        s_row_h: Rows from one of the launch's heads to the next, 0 where a head is a range of columns.
+        s_column_h: Columns from one head to the next.
+    """
+
+    first: Tensor
+    second: Tensor
+    s_row_b: int
+    s_row_h: int
+    s_column_h: int
+
+    def maps(self, rows: int, head_size: int) -> list[TensorDescriptor]:
+        """Tensor maps for boxes of `rows` rows of one head."""
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        return [TensorDescriptor.from_tensor(x, [rows, head_size], layout) for x in (self.first, self.second)]
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    return {f"s_{name}{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bsh")}
+
+
+def _is_same(one: TileLayout, other: TileLayout) -> bool:
+    if one.offsets.data_ptr() != other.offsets.data_ptr() or one.num_tokens != other.num_tokens:
+        return False
+    if one.order is None or other.order is None:
+        return one.order is other.order
+    return one.order.data_ptr() == other.order.data_ptr()
+
+
+def _pack_layouts(pattern: BlockPattern) -> tuple[PackedLayout, PackedLayout]:
+    queries = pack_layout(pattern.query_tiles)
+    is_one = _is_same(pattern.query_tiles, pattern.key_tiles)
+    return queries, queries if is_one else pack_layout(pattern.key_tiles)
+
+
+def _in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None:
+    """Rows in token order without a copy, where packed order is token order and one tensor map reaches all heads."""
+    batch, num_tokens, num_heads, head_size = first.shape
+    if packed.row_token is not None:
+        return None
+    flat = []
+    for x in (first, second):
+        s_b, s_s, s_h, s_d = x.stride()
+        is_flat = s_d == 1 and s_h == head_size and (batch == 1 or s_b == num_tokens * s_s)
+        if not is_flat or s_s % 8 or x.data_ptr() % 16:
+            return None
+        flat.append(x.as_strided((batch * num_tokens, num_heads * head_size), (s_s, 1)))
+    return Rows(flat[0], flat[1], num_tokens, 0, head_size)
+
+
+def _pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
+    """Keys with the sign of the scale, and values, of some heads as packed rows."""
+    rows = key.new_empty(2, heads * packed.max_rows, key.shape[3])
+    pack_keys_kernel[(heads * packed.max_blocks,)](
+        key,
+        value,
+        *rows,
+        packed.row_token,
+        packed.counts,
+        *_strides(k=key, v=value).values(),
+        first_head,
+        packed.max_blocks,
+        key.shape[2],
+        D=key.shape[3],
+        SIGN=(scale > 0) - (scale < 0),
+        num_warps=4,
+    )
+    return Rows(rows[0], rows[1], 0, packed.max_rows, 0)
+
+
+def _head_groups(num_heads: int, head_bytes: int) -> Iterator[tuple[int, int]]:
+    """First head and number of heads of each launch."""
+    num_groups = -(-num_heads // max(1, _SCRATCH_BYTES // head_bytes))
+    step = -(-num_heads // num_groups)
+    for first in range(0, num_heads, step):
+        yield first, min(step, num_heads - first)
+
+
+def _plan_bytes(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout) -> int:
+    """About what the plan of one query head takes, marks included."""
+    listed = pattern.indices.shape[2:].numel() * walked.pieces
+    is_simple = own.is_one_piece_a_block and walked.is_even
+    return listed * 4 if is_simple else listed * 16 + own.layout.num_tiles * walked.layout.num_tiles
+
+
+def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
+    """The arguments by which a kernel finds its walks."""
+    is_shared = plan.rows.shape[0] == 1
+    return {
+        "rows": plan.rows,
+        "masks": plan.masks,
+        "meta": plan.meta,
+        "counts": packed.counts,
+        "row_token": packed.row_token,
+        "s_rows": plan.rows.stride(0),
+        "s_masks": plan.masks.stride(0),
+        # With one plan for all heads nothing leads from one to the next.
+        "s_plan": 0 if is_shared else packed.max_blocks,
+    }
+
+
+def _arrivals(programs: int, rows: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> dict[str, Any]:
+    """Whether programs walk in step, and a zeroed counter for each wave of them."""
+    head_bytes = 2 * packed.max_rows * key.shape[3] * key.itemsize
+    # Lists of different lengths would make everybody wait for the longest.
+    in_step = head_bytes > _IN_STEP_BYTES and pattern.counts is None
+    waves = -(-rows // (2 * programs)) + 1 if in_step else 1
+    return {"arrivals": torch.zeros(waves, dtype=torch.int32, device=key.device), "IN_STEP": in_step}
+
+
+def _kernel_scale(scale: float) -> float:
+    """The factor of scores of packed keys, which carry the sign; they are 0 for a scale of 0."""
+    return abs(scale) if scale else 1.0
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
+    """See `Implementation.forward`."""
+    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+    batch, num_queries, num_heads, head_size = query.shape
+    kv_heads, group = key.shape[2], num_heads // key.shape[2]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    with torch.cuda.device(query.device):
+        own, walked = _pack_layouts(pattern)
+        in_place = _in_place(key, value, walked) if scale > 0 else None
+        head_bytes = _plan_bytes(pattern, own, walked) * group
+        head_bytes += 0 if in_place else 2 * walked.max_rows * head_size * key.itemsize
+        for first, heads in _head_groups(batch * kv_heads, head_bytes):
+            keys = in_place or _pack_keys(key, value, walked, first, heads, scale)
+            first_head, heads = first * group, heads * group
+            plan = plan_lists(pattern, own, walked, first_head, heads, batch * num_heads)
+            rows = heads * own.max_blocks
+            programs = min(_num_programs(query.device), -(-rows // 2))
+            key_boxes, value_boxes = keys.maps(64, head_size)
+            key_granules, value_granules = keys.maps(16, head_size)
+            fwd.block_sparse_fwd_kernel[(programs,)](
+                key_boxes=key_boxes,
+                value_boxes=value_boxes,
+                key_granules=key_granules,
+                value_granules=value_granules,
+                query=query,
+                out=out,
+                lse=lse,
+                num_heads=heads,
+                first_head=first_head,
+                HEADS=num_heads,
+                GROUP=group,
+                NUM_QUERIES=num_queries,
+                s_row_b=keys.s_row_b,
+                s_row_h=keys.s_row_h,
+                s_column_h=keys.s_column_h,
+                scale_log2=_kernel_scale(scale) * _LOG2E,
+                D=head_size,
+                BOX_TOKENS=walked.box_tokens,
+                num_warps=4,
+                **_strides(q=query),
+                **_walk(plan, own),
+                **_arrivals(programs, rows, key, pattern, walked),
+                **FWD[head_size],
+            )
+    return out, lse
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The tensors of one backward call."""
+
+    dout: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pattern: BlockPattern
+    scale: float
+    queries: PackedLayout
+    keys: PackedLayout
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    @property
+    def head_size(self) -> int:
+        """Head size, D."""
+        return self.query.shape[3]
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Implementation.backward`."""
+    dout, query, key, value = (_rows_contiguous(x) for x in (dout, query, key, value))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    with torch.cuda.device(query.device):
+        queries, keys = _pack_layouts(pattern)
+        call = _Backward(dout, query, key, value, pattern, scale, queries, keys)
+        group, num_kv = call.group, key.shape[0] * key.shape[2]
+        key_rows = _in_place(key, value, keys) if scale > 0 else None
+        query_rows = _in_place(query, dout, queries)
+        row_bytes = 2 * call.head_size * key.itemsize
+        head_bytes = group * (2 * _plan_bytes(pattern, queries, keys) + pattern.query_tiles.num_tiles * keys.layout.num_tiles)
+        head_bytes += 0 if key_rows else keys.max_rows * row_bytes
+        head_bytes += group * queries.max_rows * (8 if query_rows else 8 + row_bytes)
+        for first, heads in _head_groups(num_kv, head_bytes):
+            packed_keys = key_rows or _pack_keys(key, value, keys, first, heads, scale)
+            stats, packed_queries = _pack_queries(call, query_rows, out, lse, dlse, first * group, heads * group)
+            _launch_dq(call, packed_keys, stats, dq, first * group, heads * group)
+            _launch_dkdv(call, packed_keys, packed_queries, stats, dk, dv, first, heads)
+    return dq, dk, dv
+
+
+def _pack_queries(
+    call: _Backward, in_place: Rows | None, out: Tensor, lse: Tensor, dlse: Tensor | None, first_head: int, heads: int
+) -> tuple[Tensor, Rows]:
+    """Statistics of some query heads, `[heads * R, 2]`, and their queries and gradients as rows."""
+    packed, (_, num_queries, num_heads, head_size) = call.queries, call.query.shape
+    stats = lse.new_empty(heads * packed.max_rows, 2)
+    rows = None if in_place else call.query.new_empty(2, heads * packed.max_rows, head_size)
+    out, lse = out.contiguous(), lse.contiguous()
+    pack_queries_kernel[(heads * packed.max_blocks,)](
+        call.query,
+        call.dout,
+        out,
+        lse,
+        dlse,
+        None if rows is None else rows[0],
+        None if rows is None else rows[1],
+        stats,
+        packed.row_token,
+        packed.counts,
+        *_strides(q=call.query, d=call.dout, l=lse if dlse is None else dlse).values(),
+        first_head,
+        packed.max_blocks,
+        num_heads,
+        num_queries,
+        D=head_size,
+        PACK=rows is not None,
+        num_warps=4,
+    )
+    if in_place is not None:
+        return stats, in_place
+    if rows is None:
+        raise AssertionError("unreachable: rows are packed unless they are in place")
+    return stats, Rows(rows[0], rows[1], 0, packed.max_rows, 0)
+
+
+def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_head: int, heads: int) -> None:
+    """Write the gradient of some query heads."""
+    own, head_size = call.queries, call.head_size
+    total = call.query.shape[0] * call.query.shape[2]
+    plan = plan_lists(call.pattern, own, call.keys, first_head, heads, total)
+    rows = heads * own.max_blocks
+    programs = min(_num_programs(dq.device), -(-rows // 2))
+    key_boxes, value_boxes = keys.maps(64, head_size)
+    key_granules, value_granules = keys.maps(16, head_size)
+    scale = _kernel_scale(call.scale)
+    bwd.block_sparse_bwd_dq_kernel[(programs,)](
+        key_boxes=key_boxes,
+        value_boxes=value_boxes,
+        key_granules=key_granules,
+        value_granules=value_granules,
+        query=call.query,
+        dout=call.dout,
+        stats=stats,
+        dquery=dq,
+        num_heads=heads,
+        max_blocks=own.max_blocks,
+        first_head=first_head,
+        HEADS=call.query.shape[2],
+        GROUP=call.group,
+        NUM_QUERIES=call.query.shape[1],
+        s_row_b=keys.s_row_b,
+        s_row_h=keys.s_row_h,
+        s_column_h=keys.s_column_h,
+        scale=scale,
+        scale_log2=scale * _LOG2E,
+        D=head_size,
+        BOX_TOKENS=call.keys.box_tokens,
+        num_warps=4,
+        **_strides(q=call.query, d=call.dout),
+        **_walk(plan, own),
+        **_arrivals(programs, rows, call.key, call.pattern, call.keys),
+        **DQ[head_size],
+    )
+
+
+def _work_order(plan: Plan, packed: PackedLayout, heads: int, group: int) -> tuple[Tensor, Tensor]:
+    """Half steps of each place (key head, block), and the places by head, those with most work first."""
+    lengths = plan.meta[:, :, 5].expand(heads * group, -1).reshape(heads, group, -1).sum(1)
+    places = torch.arange(heads, device=lengths.device)[:, None] * (1 << 32) - lengths
+    # Blocks that are not there come last, where the kernel does not look.
+    is_real = torch.arange(packed.max_blocks, device=lengths.device) < packed.counts[1]
+    places = places.masked_fill(~is_real, torch.iinfo(torch.int64).max)
+    return lengths.to(torch.int32), places.flatten().argsort().to(torch.int32)
+
+
+def _launch_dkdv(
+    call: _Backward, keys: Rows, queries: Rows, stats: Tensor, dk: Tensor, dv: Tensor, first: int, heads: int
+) -> None:
+    """Write the gradients of some key heads."""
+    own, head_size, group, pattern = call.keys, call.head_size, call.group, call.pattern
+    total = call.query.shape[0] * call.query.shape[2]
+    marks = mark(pattern, first * group, heads * group, total, by_key=True)
+    plan = plan_marks(marks, own, call.queries, pattern.indices.shape[2:].numel(), has_pads=False)
+    del marks
+    lengths, order = _work_order(plan, own, heads, group)
+    flat = stats.view(-1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], layout) for rows in (64, 16))
+    query_boxes, dout_boxes = queries.maps(64, head_size)
+    query_granules, dout_granules = queries.maps(16, head_size)
+    key_boxes, value_boxes = keys.maps(64, head_size)
+    programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
+    bwd.block_sparse_bwd_dkdv_kernel[(programs,)](
+        query_boxes=query_boxes,
+        dout_boxes=dout_boxes,
+        stats_boxes=stats_boxes,
+        query_granules=query_granules,
+        dout_granules=dout_granules,
+        stats_granules=stats_granules,
+        key_boxes=key_boxes,
+        value_boxes=value_boxes,
+        order=order,
+        lengths=lengths,
+        dkey=dk,
+        dvalue=dv,
+        num_heads=heads,
+        max_blocks=own.max_blocks,
+        max_rows=call.queries.max_rows,
+        first_head=first,
+        HEADS=call.key.shape[2],
+        GROUP=group,
+        NUM_KEYS=call.key.shape[1],
+        s_row_b=queries.s_row_b,
+        s_row_h=queries.s_row_h,
+        s_column_h=queries.s_column_h,
+        s_krow_b=keys.s_row_b,
+        s_krow_h=keys.s_row_h,
+        s_kcolumn_h=keys.s_column_h,
+        # Unlike dquery, which keys with the sign have made, this sums queries, which have none.
+        scale=call.scale,
+        scale_log2=_kernel_scale(call.scale) * _LOG2E,
+        D=head_size,
+        num_warps=4,
+        **_walk(plan, own),
+        **DKDV[head_size],
+    )

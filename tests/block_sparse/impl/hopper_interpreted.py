@@ -1,0 +1,370 @@
+"""What the Hopper kernels are fed, on a CPU in Triton's interpreter; `test_hopper_plan.py` runs this file in its own process.
+
+Gluon has no interpreter, so a walk of the kernels' plan in torch stands in for the kernels: it reads packed rows box by
+box and granule by granule, masks as the masks say, and must give attention over the pattern.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastvideo.block_sparse import BlockPattern, TileLayout
+from fastvideo.block_sparse.impl.hopper import launch, packing, plan
+from fastvideo.testing import assert_op_within_budget, reference_attention
+
+# Query tile sizes, key tile sizes, batch, heads.
+SHAPES = {
+    "even_64": ([64] * 3, [64] * 5, 1, 2),
+    "even_60": ([60] * 3, [60] * 4, 1, 1),
+    "even_128": ([128] * 2, [128] * 2, 1, 1),
+    "even_120": ([120] * 2, [120] * 3, 1, 1),
+    "even_16": ([16] * 6, [16] * 9, 1, 1),
+    "uneven_pieces": ([65, 65], [65] * 3, 1, 1),
+    "edges": ([64, 16, 64, 4, 16, 16, 3, 30, 64, 1, 20], [64, 16, 64, 4, 64, 50, 16, 33, 16, 64, 1, 7, 48], 2, 2),
+    "large_and_small": ([100, 3, 128, 17], [128, 77, 5, 64, 90], 1, 2),
+    "one_token": ([1], [1], 1, 1),
+}
+
+
+def make_pattern(shape: str, *, ordered: bool, shared: bool = False) -> BlockPattern:
+    query_sizes, key_sizes, batch, heads = SHAPES[shape]
+    generator = torch.Generator().manual_seed(2)
+    layouts = [
+        TileLayout.from_sizes(sizes, order=torch.randperm(sum(sizes), generator=generator) if ordered else None)
+        for sizes in (query_sizes, key_sizes)
+    ]
+    extent = (1, 1) if shared else (batch, heads)
+    mask = torch.rand(*extent, len(query_sizes), len(key_sizes), generator=generator) < 0.6
+    if len(query_sizes) > 1:
+        mask[0, 0, 1] = False
+    mask[..., -1, -1] = True
+    return BlockPattern.from_mask(mask, *layouts)
+
+
+def tokens_of(packed: packing.PackedLayout) -> torch.Tensor:
+    if packed.row_token is None:
+        return torch.arange(packed.max_rows)
+    return packed.row_token
+
+
+def walk(walks: plan.Plan, head: int, block: int) -> list[tuple[int, torch.Tensor]]:
+    """Half steps of one block: the 64 packed rows that are loaded, and the mask as bytes (-1 where there is none)."""
+    g = head if walks.rows.shape[0] > 1 else 0
+    o_rows, o_masks, clean, boxes, steps, halves = walks.meta[g, block].tolist()
+    assert halves <= 2 * steps
+    found = []
+    for half in range(halves):
+        if half < 2 * boxes:
+            rows = walks.rows[g, o_rows + half] + torch.arange(64)
+        else:
+            first = o_rows + 2 * boxes + 4 * (half - 2 * boxes)
+            rows = (walks.rows[g, first : first + 4, None] + torch.arange(16)).flatten()
+        mask = torch.full((4,), -1)
+        if half >= 2 * clean:
+            word = int(walks.masks[g, o_masks + half - 2 * clean])
+            mask = torch.tensor([word >> 8 * j & 255 for j in range(4)])
+        found.append((rows, mask))
+    return found
+
+
+def seen_by_rows(mask: torch.Tensor, box_tokens: int) -> torch.Tensor:
+    """What 64 rows see of 64 loaded rows, bool `[64, 64]`."""
+    granule, inside = torch.arange(64) // 16, torch.arange(64) % 16
+    if mask[0] < 0:
+        return (torch.arange(64) < box_tokens).expand(64, 64)
+    byte = mask[granule]
+    return ((byte[None] >> granule[:, None]) & 1 == 1) & (inside + (byte >> 4) <= 15)[None]
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_walks_meet_what_the_pattern_lists(shape: str, ordered: bool, by_key: bool) -> None:
+    pattern = make_pattern(shape, ordered=ordered)
+    batch, heads = SHAPES[shape][2:]
+    layouts = [packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles)]
+    num_listed = pattern.indices.shape[2:].numel()
+    if by_key:
+        own, walked = layouts[::-1]
+        marks = plan.mark(pattern, 0, batch * heads, batch * heads, by_key=True)
+        walks = plan.plan_marks(marks, own, walked, num_listed, has_pads=False)
+    else:
+        own, walked = layouts
+        walks = plan.plan_lists(pattern, own, walked, 0, batch * heads, batch * heads)
+    expected = pattern.token_mask().flatten(0, 1)
+    own_token, token = tokens_of(own), tokens_of(walked)
+    for head in range(batch * heads):
+        met = torch.zeros(own.layout.num_tokens, walked.layout.num_tokens, dtype=torch.int32)
+        for block in range(int(own.counts[1])):
+            mine = own_token[block * 64 : block * 64 + 64]
+            for rows, mask in walk(walks, head, block):
+                seen = seen_by_rows(mask, 64 if by_key else walked.box_tokens)
+                if by_key:
+                    # Probabilities of packed query rows that are pads are 0.
+                    seen = seen & (token[rows] >= 0)
+                assert (token[rows] >= 0)[None].expand(64, 64)[seen & (mine >= 0)[:, None]].all()
+                real = (mine >= 0)[:, None] & seen
+                i, j = real.nonzero(as_tuple=True)
+                met.index_put_((mine[i].long(), token[rows][j].long()), torch.ones(len(i), dtype=torch.int32), accumulate=True)
+        assert torch.equal(met, (expected[head].T if by_key else expected[head]).int())
+
+
+@pytest.mark.parametrize("shape", ["even_60", "edges", "large_and_small"])
+def test_every_token_has_one_packed_row(shape: str) -> None:
+    for layout in (make_pattern(shape, ordered=True).query_tiles, make_pattern(shape, ordered=False).key_tiles):
+        packed = packing.pack_layout(layout)
+        token = tokens_of(packed)
+        assert torch.equal(token[token >= 0].sort().values.long(), torch.arange(layout.num_tokens))
+        assert int(packed.counts[1]) <= packed.max_blocks
+        assert (token[int(packed.counts[1]) * 64 :] == -1).all()
+
+
+def test_small_tiles_share_a_block() -> None:
+    packed = packing.pack_layout(TileLayout.from_sizes([64, 16, 4, 16, 30, 64, 1, 16, 32, 20]))
+    # Five tiles of one granule fill two blocks, three of two granules two more, and two of four granules one each.
+    assert packed.counts.tolist() == [4, 6]
+    assert packed.block_tiles[:6].tolist() == [[1, 2, 3, 6], [7, -1, -1, -1], [4, 4, 8, 8], [9, 9, -1, -1], [0] * 4, [5] * 4]
+    assert packed.piece_row.tolist() == [256, 0, 16, 32, 128, 320, 48, 64, 160, 192]
+
+
+def test_half_steps_follow_real_tokens() -> None:
+    """16 tiles of 16 tokens and one of 64 make two half steps of 128 rows... and one box joins the granules."""
+    queries, keys = TileLayout.uniform(64, 64), TileLayout.from_sizes([64] + [16] * 8)
+    pattern = BlockPattern.from_mask(torch.ones(1, 9, dtype=torch.bool), queries, keys)
+    own, walked = packing.pack_layout(queries), packing.pack_layout(keys)
+    walks = plan.plan_lists(pattern, own, walked, 0, 1, 1)
+    assert walks.meta[0, 0, 2:].tolist() == [0, 0, 2, 3]
+
+
+def test_packed_rows_and_statistics() -> None:
+    pattern = make_pattern("edges", ordered=True)
+    batch, heads, head_size = 2, 2, 16
+    packed = packing.pack_layout(pattern.query_tiles)
+    token = tokens_of(packed)[: int(packed.counts[1]) * 64]
+    num_tokens = packed.layout.num_tokens
+    q, do, out = torch.randn(3, batch, num_tokens, heads, head_size).unbind(0)
+    lse, dlse = torch.randn(batch, num_tokens, heads), torch.randn(batch, num_tokens, heads)
+    lse[0, 0] = -torch.inf
+    rows = [torch.full((3, packed.max_rows, head_size), torch.nan) for _ in range(2)]
+    stats = torch.full((3, packed.max_rows, 2), torch.nan)
+    strides = (*q.stride()[:3], *do.stride()[:3], *dlse.stride())
+    packing.pack_queries_kernel[(3 * packed.max_blocks,)](
+        q, do, out, lse, dlse, *rows, stats, packed.row_token, packed.counts, *strides, 1, packed.max_blocks, heads, num_tokens,
+        D=head_size, PACK=True,
+    )  # fmt: skip
+    real = token >= 0
+    for place in range(3):
+        b, h = divmod(place + 1, heads)
+        for got, x in zip(rows, (q, do), strict=True):
+            assert torch.equal(got[place, : len(token)][real], x[b, token[real].long(), h])
+            assert not got[place, : len(token)][~real].any()
+        seen = lse[b, token[real].long(), h] != -torch.inf
+        delta = (out * do).sum(-1) - dlse
+        got = stats[place, : len(token)]
+        torch.testing.assert_close(
+            got[real][seen], torch.stack([lse / 0.6931471805599453, delta], -1)[b, token[real].long(), h][seen]
+        )
+        assert (got[~real] == torch.tensor([torch.inf, 0.0])).all()
+        assert (got[real][~seen] == torch.tensor([torch.inf, 0.0])).all()
+
+
+@pytest.mark.parametrize("sign", [1, 0, -1])
+def test_packed_keys_carry_the_sign_of_the_scale(sign: int) -> None:
+    layout = make_pattern("edges", ordered=True).key_tiles
+    packed = packing.pack_layout(layout)
+    token = tokens_of(packed)[: int(packed.counts[1]) * 64]
+    key, value = torch.randn(2, 2, layout.num_tokens, 3, 16).unbind(0)
+    rows = [torch.full((2, packed.max_rows, 16), torch.nan) for _ in range(2)]
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    packing.pack_keys_kernel[(2 * packed.max_blocks,)](
+        key, value, *rows, packed.row_token, packed.counts, *strides, 2, packed.max_blocks, 3, D=16, SIGN=sign
+    )
+    for place in range(2):
+        b, h = divmod(place + 2, 3)
+        for got, x in zip(rows, (key * sign, value), strict=True):
+            assert torch.equal(got[place, : len(token)][token >= 0], x[b, token[token >= 0].long(), h])
+            assert not got[place, : len(token)][token < 0].any()
+
+
+def test_shared_lists_are_planned_once() -> None:
+    pattern = make_pattern("edges", ordered=False, shared=True)
+    own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
+    assert plan.plan_lists(pattern, own, walked, 3, 2, 8).rows.shape[0] == 1
+
+
+class Walked:
+    """One kernel's arguments, read as the kernel reads them; `own` and `walked` name what the pointers lead to."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.a = arguments
+        self.num_blocks = int(arguments["counts"][1])
+        rows = arguments["row_token"]
+        self.token = torch.arange(self.num_blocks * 64) if rows is None else rows
+
+    def rows_of(self, boxes: str, granules: str, base: int, column: int, g: int, block: int, box_tokens: int):
+        """Loaded rows of a walk `[L, D]`, their places, and what the block sees of them `[64, L]`."""
+        a, head_size = self.a, self.a["D"]
+        s_plan = a["s_plan"]
+        assert s_plan in (0, a["meta"].shape[1])
+        walks = plan.Plan(a["rows"], a["masks"], a["meta"])
+        places, seen = [torch.zeros(0, dtype=torch.long)], [torch.zeros(64, 0, dtype=torch.bool)]
+        for rows, mask in walk(walks, g if s_plan else 0, block):
+            places.append(rows.long())
+            seen.append(seen_by_rows(mask, box_tokens))
+        place = torch.cat(places)
+        assert a[boxes].block_shape[0] == 64
+        assert a[granules].block_shape[0] == 16
+        assert a[boxes].base is a[granules].base or torch.equal(a[boxes].base, a[granules].base)
+        return a[boxes].base[base + place, column : column + head_size].float(), place, torch.cat(seen, 1)
+
+    def heads(self):
+        for i_head in range(self.a["num_heads"]):
+            i_b, i_h = divmod(self.a["first_head"] + i_head, self.a["HEADS"])
+            for block in range(self.num_blocks):
+                token = self.token[block * 64 : block * 64 + 64].long()
+                yield i_head, i_b, i_h, block, token, token >= 0
+
+    def keys(self, i_head: int, i_b: int, i_h: int, block: int):
+        a = self.a
+        base = i_b * a["s_row_b"] + i_head // a["GROUP"] * a["s_row_h"]
+        column = i_h // a["GROUP"] * a["s_column_h"]
+        k, _, seen = self.rows_of("key_boxes", "key_granules", base, column, i_head, block, a["BOX_TOKENS"])
+        v, _, _ = self.rows_of("value_boxes", "value_granules", base, column, i_head, block, a["BOX_TOKENS"])
+        return k, v, seen
+
+
+def own_rows(x: torch.Tensor, i_b: int, i_h: int, token: torch.Tensor) -> torch.Tensor:
+    return x[i_b, token.clamp(min=0), i_h].float().masked_fill((token < 0)[:, None], 0.0)
+
+
+def forward_in_torch(**a: Any) -> None:
+    walked = Walked(a)
+    for i_head, i_b, i_h, block, token, real in walked.heads():
+        k, v, seen = walked.keys(i_head, i_b, i_h, block)
+        scores = (own_rows(a["query"], i_b, i_h, token) @ k.T * a["scale_log2"]).masked_fill(~seen, -torch.inf)
+        lse = torch.logsumexp(scores * 0.6931471805599453, -1) if scores.shape[1] else torch.full((64,), -torch.inf)
+        weights = (scores * 0.6931471805599453 - lse[:, None]).exp().nan_to_num(0.0)
+        # Masked weights are 0, which a value that isn't finite would not survive: pads have to be zero.
+        assert v.isfinite().all()
+        a["out"][i_b, token[real], i_h] = (weights @ v)[real].to(a["out"].dtype)
+        a["lse"][i_b, token[real], i_h] = lse[real]
+
+
+def dq_in_torch(**a: Any) -> None:
+    walked = Walked(a)
+    for i_head, i_b, i_h, block, token, real in walked.heads():
+        k, v, seen = walked.keys(i_head, i_b, i_h, block)
+        first = (i_head * a["max_blocks"] + block) * 64
+        lse, delta = a["stats"][first : first + 64].float().unbind(1)
+        p = torch.exp2(own_rows(a["query"], i_b, i_h, token) @ k.T * a["scale_log2"] - lse[:, None])
+        dp = own_rows(a["dout"], i_b, i_h, token) @ v.T - delta[:, None]
+        dq = torch.where(seen, p, 0.0) * dp @ k * a["scale"]
+        a["dquery"][i_b, token[real], i_h] = dq[real].to(a["dquery"].dtype)
+
+
+def dkdv_in_torch(**a: Any) -> None:
+    walked = Walked(a)
+    group, num_places = a["GROUP"], a["num_heads"] * walked.num_blocks
+    places = a["order"][:num_places].tolist()
+    lengths = [int(a["lengths"].flatten()[place]) for place in places]
+    assert sorted(places) == [h * a["max_blocks"] + i for h in range(a["num_heads"]) for i in range(walked.num_blocks)]
+    for h in range(a["num_heads"]):
+        of_head = lengths[h * walked.num_blocks : (h + 1) * walked.num_blocks]
+        assert of_head == sorted(of_head, reverse=True)
+    stats = a["stats_boxes"].base
+    assert (a["stats_boxes"].block_shape, a["stats_granules"].block_shape) == ([128], [32])
+    for i_head, i_b, i_h, block, token, real in walked.heads():
+        own = i_b * a["s_krow_b"] + i_head * a["s_krow_h"] + block * 64
+        column = i_h * a["s_kcolumn_h"]
+        k, v = (a[name].base[own : own + 64, column : column + a["D"]].float() for name in ("key_boxes", "value_boxes"))
+        dk, dv = torch.zeros(64, a["D"]), torch.zeros(64, a["D"])
+        for g in range(i_head * group, (i_head + 1) * group):
+            base = i_b * a["s_row_b"] + g * a["s_row_h"]
+            column = (i_h * group + g - i_head * group) * a["s_column_h"]
+            q, place, seen = walked.rows_of("query_boxes", "query_granules", base, column, g, block, 64)
+            do, _, _ = walked.rows_of("dout_boxes", "dout_granules", base, column, g, block, 64)
+            at = (g * a["max_rows"] + place) * 2
+            p = torch.where(seen, torch.exp2(k @ q.T * a["scale_log2"] - stats[at]), 0.0)
+            dv += p @ do
+            dk += p * (v @ do.T - stats[at + 1]) @ q
+        a["dkey"][i_b, token[real], i_h] = (dk * a["scale"])[real].to(a["dkey"].dtype)
+        a["dvalue"][i_b, token[real], i_h] = dv[real].to(a["dvalue"].dtype)
+
+
+class InTorch:
+    """Stands in for a kernel: checks that a launch names exactly its arguments, then runs `function`."""
+
+    def __init__(self, kernel: Any, function: Any) -> None:
+        self.kernel, self.function = kernel, function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert 1 <= grid[0] <= 132
+
+        def run(**arguments: Any) -> None:
+            assert arguments.pop("num_warps") == 4
+            assert set(arguments) == set(self.kernel.arg_names)
+            self.function(**arguments)
+
+        return run
+
+
+@pytest.fixture
+def kernels_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    for module, name, function in (
+        (launch.fwd, "block_sparse_fwd_kernel", forward_in_torch),
+        (launch.bwd, "block_sparse_bwd_dq_kernel", dq_in_torch),
+        (launch.bwd, "block_sparse_bwd_dkdv_kernel", dkdv_in_torch),
+    ):
+        monkeypatch.setattr(module, name, InTorch(getattr(module, name), function))
+    monkeypatch.setattr(launch, "_num_programs", lambda device: 132)
+    monkeypatch.setattr(launch.torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_SCRATCH_BYTES", 1 << 18)
+
+
+class Attention(torch.autograd.Function):
+    """The implementation without the custom op, which would refuse CPU tensors."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, pattern, scale):
+        out, lse = launch.forward(query, key, value, pattern, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.rest = pattern, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return *launch.backward(dout, dlse, *ctx.saved_tensors, *ctx.rest), None, None
+
+
+@pytest.mark.usefixtures("kernels_in_torch")
+@pytest.mark.parametrize(
+    ("shape", "ordered", "kv_heads", "scale"),
+    [
+        ("even_64", False, 2, 0.3),
+        ("even_64", False, 2, -0.3),
+        ("even_128", False, 1, 0.3),
+        ("even_60", True, 1, 0.3),
+        ("edges", True, 2, 0.0),
+        ("edges", True, 1, 0.3),
+        ("large_and_small", False, 1, 0.3),
+        ("one_token", False, 1, 0.3),
+    ],
+)
+def test_launches_feed_the_kernels(shape: str, ordered: bool, kv_heads: int, scale: float) -> None:
+    query_sizes, key_sizes, batch, heads = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"query": (sum(query_sizes), heads), "key": (sum(key_sizes), kv_heads), "value": (sum(key_sizes), kv_heads)}
+    inputs = {name: torch.randn(batch, *size, 64, generator=generator).half() for name, size in sizes.items()}
+    pattern = make_pattern(shape, ordered=ordered)
+    assert_op_within_budget(
+        lambda query, key, value: Attention.apply(query, key, value, pattern, scale),
+        lambda query, key, value: reference_attention(
+            query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True
+        ),
+        inputs,
+    )

@@ -1,0 +1,165 @@
+"""The Hopper kernels compile for sm_90a without a GPU: no spills in a loop of products, few outside, no serialised wgmma.
+
+Run it with each supported Triton: the installed one, and another by putting its folder first on the path:
+`pip install --no-deps --target DIR triton==3.6.0; PYTHONPATH=src:DIR pytest tests/block_sparse/impl/test_hopper_compile.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# Bytes of spills that a kernel may have outside its loops of products, where they cost a few cycles a block.
+SPILL_BUDGET = {"fwd": 160, "bwd_dq": 64, "bwd_dkdv": 256}
+# Shared memory that one program of sm_90 can have.
+SHARED_LIMIT = 232_448
+# Products of a warpgroup, by kernel and head size: QK and PV; QK, dOV and dSK; KQ, VdO, PdO and dSQ.
+INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "order", "lengths")
+LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue")
+
+
+class Compiled(NamedTuple):
+    """What ptxas made of a kernel."""
+
+    spilled: int
+    warnings: list[str]
+    shared: int
+    sass: list[tuple[int, str]]
+
+
+def signature_of(kernel: Any, head_size: int, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    from triton.experimental.gluon import language as gl
+
+    rows = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    pairs = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith(("_boxes", "_granules")):
+            height = 64 if name.endswith("_boxes") else 16
+            is_pair = name.startswith("stats")
+            block = f"fp32[{2 * height}],{pairs!r}" if is_pair else f"{dtype}[{height}, {head_size}],{rows!r}"
+            signature[name] = f"tensordesc<{block}>"
+        elif name in INTEGERS:
+            signature[name] = "*i32"
+        elif name in LISTS_AND_ROWS:
+            signature[name] = f"*{dtype}"
+        elif name in ("lse", "stats"):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name.startswith("scale") else "i32"
+    return signature
+
+
+def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **constants: Any) -> Compiled:
+    """Compile a kernel for sm_90a as a launch would."""
+    import triton.backends.nvidia as nvidia
+    from triton import compile as compile_kernel
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from fastvideo.block_sparse.impl.hopper import backward_kernels, forward_kernel, launch
+
+    kernel = getattr(forward_kernel if name == "fwd" else backward_kernels, f"block_sparse_{name}_kernel")
+    table = {"fwd": launch.FWD, "bwd_dq": launch.DQ, "bwd_dkdv": launch.DKDV}[name][head_size]
+    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": True, "GROUP": 1, **table}
+    if name != "bwd_dkdv":
+        del defaults["GROUP"]
+    constants = {key: value for key, value in (defaults | constants).items() if key in kernel.arg_names}
+    signature = signature_of(kernel, head_size, dtype, constants)
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or re.match("s_[qkvd][bsh]$", n)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.cache.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.cache.dir = str(folder)
+        knobs.compilation.always_compile = True
+        options = {"num_warps": 4, "enable_fp_fusion": True}
+        result = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()).groups()
+    warnings = [line for line in log.getvalue().splitlines() if re.search(r"C75\d\d|will be ignored", line)]
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(result.asm["cubin"])
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    sass = [(int(a, 16), op) for a, op in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)]
+    return Compiled(int(stores) + int(loads), warnings, result.metadata.shared, sass)
+
+
+def loops_of_products(sass: list[tuple[int, str]]) -> list[list[str]]:
+    """The innermost loops that hold tensor core instructions."""
+    spans = []
+    for address, op in sass:
+        target = re.search(r"\bBRA(?:\.\w+)* .*?(0x[0-9a-f]+)", op)
+        if not target or int(target.group(1), 16) >= address:
+            continue
+        first = int(target.group(1), 16)
+        body = [op for at, op in sass if first <= at <= address]
+        # What spins on a barrier stands behind the kernel's end and also branches back.
+        if any("HGMMA" in op for op in body) and not any(re.search("EXIT|USETMAXREG", op) for op in body):
+            spans.append((first, address, body))
+    return [
+        body
+        for first, last, body in spans
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b, _ in spans)
+    ]
+
+
+CASES = {
+    "fwd": [{}, {"row_token": None, "IN_STEP": False}, {"BOX_TOKENS": 60}],
+    "bwd_dq": [{}, {"BOX_TOKENS": 60}],
+    "bwd_dkdv": [{}, {"GROUP": 4}],
+}
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(("name", "case"), [(name, i) for name, cases in CASES.items() for i in range(len(cases))])
+def test_compiles_for_hopper(name: str, case: int, head_size: int, tmp_path: Path) -> None:
+    if head_size == 64 and case:
+        pytest.skip("variants are compiled at the head size that is short of registers, 128")
+    result = compiled(name, head_size, tmp_path, **CASES[name][case])
+    assert not result.warnings
+    assert result.spilled <= SPILL_BUDGET[name]
+    assert result.shared <= SHARED_LIMIT
+    loops = loops_of_products(result.sass)
+    # One loop for each of the two warpgroups.
+    assert len(loops) == 2
+    for loop in loops:
+        assert not [op for op in loop if re.search(r"\b(LDL|STL)\b", op)]
+        # A wait for all products stands behind the exponentials, so that they run under the product before.
+        products = [i for i, op in enumerate(loop) if "HGMMA" in op]
+        exponentials = [i for i, op in enumerate(loop) if "MUFU.EX2" in op]
+        waits = [i for i, op in enumerate(loop) if re.search(r"DEPBAR.LE\s+gsb0, 0x0", op)]
+        assert products
+        assert len(exponentials) >= 32
+        if name == "fwd":
+            assert len(waits) == 1
+            assert waits[0] > max(exponentials)
+
+
+def test_half_precision_compiles(tmp_path: Path) -> None:
+    result = compiled("fwd", 128, tmp_path, dtype="fp16")
+    assert not result.warnings
+    assert any("HGMMA" in op and "BF16" not in op for _, op in result.sass)
+
+
+def test_names_of_gluon_that_differ_are_found() -> None:
+    from triton.experimental.gluon.language.nvidia.hopper import tma
+
+    from fastvideo.block_sparse.impl.hopper import gluon_names
+
+    assert gluon_names.tma_load in (getattr(tma, "async_load", None), tma.async_copy_global_to_shared)
+    assert torch.float16 in __import__("fastvideo.block_sparse.impl.hopper", fromlist=["_DTYPES"])._DTYPES

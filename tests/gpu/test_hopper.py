@@ -1,0 +1,215 @@
+"""The Hopper kernels on a Hopper GPU, against float64: outputs, all gradients, repeatability, what must not be read."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse.impl import choose_implementation, hopper
+from fastvideo.testing import assert_op_within_budget, reference_attention
+
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not is_hopper, reason="needs an NVIDIA Hopper GPU (compute capability 9.0), torch sees none"),
+]
+
+# Query tile sizes, key tile sizes, batch, query heads, key heads, head size.
+SHAPES = {
+    "even_64": ([64] * 12, [64] * 13, 2, 4, 4, 128),
+    "head_64": ([64] * 12, [64] * 12, 1, 4, 4, 64),
+    "one_token": ([1], [1], 1, 1, 1, 64),
+    "edges": ([64, 16, 64, 4, 1, 37, 64, 16, 16, 5, 30], [13, 64, 64, 1, 16, 64, 4, 64, 50, 16, 33], 2, 4, 2, 128),
+    "edges_64": ([64, 16, 64, 4, 1, 37, 64, 16, 16, 5, 30], [13, 64, 64, 1, 16, 64, 4, 64, 50, 16, 33], 2, 4, 2, 64),
+    "sixty": ([60] * 9, [60] * 9, 1, 3, 3, 128),
+    "sixteen": ([16] * 21, [16] * 37, 1, 2, 1, 128),
+    "text": ([64] * 6 + [77], [64] * 6 + [77], 1, 4, 1, 128),
+    "even_128": ([128] * 5, [128] * 5, 1, 2, 2, 128),
+    "up_to_128": ([128, 100, 3, 120], [128, 90, 128, 3, 65], 2, 2, 2, 128),
+    "unequal_tiles": ([128] * 4, [16] * 31, 1, 2, 2, 64),
+    "many": ([64] * 150, [64] * 150, 1, 3, 3, 128),
+}
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def make_pattern(shape: str, *, ordered: bool = True, shared: bool = False) -> BlockPattern:
+    """Random lists; the first query tile sees nothing where there are several, and every token has moved."""
+    query_sizes, key_sizes, batch, heads, *_ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(1)
+    layouts = [
+        TileLayout.from_sizes(
+            sizes,
+            order=torch.randperm(sum(sizes), generator=generator).cuda() if ordered else None,
+            device="cuda",
+        )
+        for sizes in (query_sizes, key_sizes)
+    ]
+    mask = torch.rand(1 if shared else batch, 1 if shared else heads, len(query_sizes), len(key_sizes), generator=generator)
+    mask = mask < (0.1 if shape == "many" else 0.5)
+    mask[:, :, 0] = len(query_sizes) == 1
+    mask[:, :, -1, -1] = True
+    return BlockPattern.from_mask(mask.cuda(), *layouts)
+
+
+def make_inputs(shape: str, dtype: torch.dtype, size: float = 3.0) -> dict[str, torch.Tensor]:
+    query_sizes, key_sizes, batch, heads, kv_heads, head_size = SHAPES[shape]
+    if head_size not in hopper._HEAD_SIZES:
+        pytest.skip(f"the implementation refuses head size {head_size}")
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "query": size * randn(batch, sum(query_sizes), heads, head_size),
+        "key": size * randn(batch, sum(key_sizes), kv_heads, head_size),
+        "value": randn(batch, sum(key_sizes), kv_heads, head_size),
+    }
+    return {name: x.to("cuda", dtype) for name, x in inputs.items()}
+
+
+def attend(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
+    return block_sparse_attention(query, key, value, pattern, scale=scale, return_lse=True, impl="hopper")
+
+
+def reference(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
+    return reference_attention(query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True)
+
+
+def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
+    bound = {"pattern": pattern, "scale": scale}
+    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs)
+
+
+def gradients(inputs: dict[str, torch.Tensor], pattern: BlockPattern) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    out, lse = attend(*leaves, pattern=pattern)
+    loss = out.float().square().sum() + lse[lse.isfinite()].sum()
+    return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "in_place"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_log_sum_exp_and_gradients(shape: str, ordered: bool) -> None:
+    check(make_inputs(shape, torch.bfloat16), make_pattern(shape, ordered=ordered))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["even_64", "edges", "sixty"])
+def test_real_activations(shape: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, size=11.0)
+    assert 40 < float(inputs["query"].abs().max()) < 65
+    check(inputs, make_pattern(shape))
+
+
+@pytest.mark.parametrize("scale", [-0.05, 0.0, 0.3])
+@pytest.mark.parametrize("shape", ["even_64", "edges"])
+def test_any_scale(shape: str, scale: float) -> None:
+    check(make_inputs(shape, torch.bfloat16), make_pattern(shape, ordered=shape == "edges"), scale)
+
+
+@pytest.mark.parametrize("keep", [1, 7, 8, 12])
+def test_shared_lists_without_counts(keep: int) -> None:
+    layout = TileLayout.uniform(12 * 64, 64, device="cuda")
+    generator = torch.Generator().manual_seed(3)
+    lists = torch.rand(12, 12, generator=generator).topk(keep).indices.sort(-1).values.to("cuda", torch.int32)
+    inputs = {name: x[:, : 12 * 64] for name, x in make_inputs("even_64", torch.bfloat16).items()}
+    check(inputs, BlockPattern(layout, layout, lists[None, None]))
+
+
+def test_strided_inputs() -> None:
+    inputs = make_inputs("head_64", torch.bfloat16)
+    packed = torch.stack(list(inputs.values()), dim=2)
+    for ordered in (True, False):
+        check(dict(zip(inputs, packed.unbind(2), strict=True)), make_pattern("head_64", ordered=ordered))
+
+
+@pytest.mark.parametrize("shape", ["even_64", "edges", "text"])
+def test_nothing_but_listed_tokens_is_read(shape: str) -> None:
+    """Keys of a tile that nobody lists, and all memory around the tensors, are NaN."""
+    pattern, inputs = make_pattern(shape, ordered=shape != "even_64"), make_inputs(shape, torch.bfloat16)
+    mask = pattern.tile_mask()
+    mask[..., 1] = False
+    pattern = BlockPattern.from_mask(mask, pattern.query_tiles, pattern.key_tiles)
+    hidden = pattern.key_tiles.tile_of_token() == 1
+    poisoned = {}
+    for name, x in inputs.items():
+        room = x.new_full((x.shape[0], x.shape[1] + 256, x.shape[2], x.shape[3] + 8), torch.nan)
+        poisoned[name] = room[:, 128:-128, :, : x.shape[3]]
+        poisoned[name].copy_(x)
+        if name != "query":
+            poisoned[name][:, hidden] = torch.nan
+            x[:, hidden] = 0.0
+    # Fresh memory, of scratch too, is full of NaN.
+    torch.full((1 << 26,), torch.nan, device="cuda")
+    got, expected = gradients(poisoned, pattern), gradients(inputs, pattern)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not got[3][:, hidden].any()
+    check(inputs, pattern)
+
+
+@pytest.mark.parametrize("shape", ["even_64", "edges", "many"])
+def test_same_bits_every_time(shape: str) -> None:
+    inputs, pattern = make_inputs(shape, torch.bfloat16), make_pattern(shape)
+    first = gradients(inputs, pattern)
+    for _ in range(3):
+        for one, other in zip(gradients(inputs, pattern), first, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvideo.block_sparse.impl.hopper import launch
+
+    inputs, pattern = make_inputs("edges", torch.bfloat16), make_pattern("edges")
+    expected = gradients(inputs, pattern)
+    monkeypatch.setattr(launch, "_SCRATCH_BYTES", 1)
+    for one, other in zip(gradients(inputs, pattern), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_walking_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvideo.block_sparse.impl.hopper import launch
+
+    shape = "many"
+    layout = make_pattern(shape).query_tiles
+    lists = torch.rand(1, 3, 150, 150).topk(15).indices.sort(-1).values.to("cuda", torch.int32)
+    pattern, inputs = BlockPattern(layout, layout, lists), make_inputs(shape, torch.bfloat16)
+    expected = gradients(inputs, pattern)
+    monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0)
+    for one, other in zip(gradients(inputs, pattern), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_chosen_automatically() -> None:
+    inputs = make_inputs("even_64", torch.bfloat16)
+    assert choose_implementation(*inputs.values(), make_pattern("even_64"))[0] == "hopper"
+
+
+def test_compiled_call_equals_eager_one() -> None:
+    inputs, pattern = make_inputs("edges", torch.bfloat16), make_pattern("edges")
+    compiled = torch.compile(partial(attend, pattern=pattern), fullgraph=True)
+    for one, other in zip(compiled(**inputs), attend(**inputs, pattern=pattern), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last tokens of a strided query, key and value lie behind 2^31 elements; the lists name the last tiles."""
+    tokens, head_size = 64 * 256, 128
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free device memory")
+    room = torch.empty(1, tokens, 1100 * head_size, dtype=torch.bfloat16, device="cuda")
+    assert room.numel() > 2**31
+    inputs = {}
+    for i, name in enumerate(("query", "key", "value")):
+        inputs[name] = room[:, :, (1090 + i) * head_size : (1091 + i) * head_size].unsqueeze(2)
+        inputs[name].copy_(torch.randn(1, tokens, 1, head_size, device="cuda"))
+    layout = TileLayout.uniform(tokens, 64, device="cuda")
+    lists = torch.arange(252, 256, dtype=torch.int32, device="cuda").expand(1, 1, 256, 4)
+    got = gradients(inputs, BlockPattern(layout, layout, lists))
+    expected = gradients({name: x.contiguous() for name, x in inputs.items()}, BlockPattern(layout, layout, lists))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    small = {name: x[:, -256:].contiguous() for name, x in inputs.items()}
+    last = TileLayout.uniform(256, 64, device="cuda")
+    everything = torch.arange(4, dtype=torch.int32, device="cuda").expand(1, 1, 4, 4)
+    assert torch.equal(attend(**small, pattern=BlockPattern(last, last, everything))[0], got[0][:, -256:])
