@@ -4,6 +4,7 @@ Importing this doesn't import diffusers.
 """
 
 from fastvideo.integrations.diffusers.application import apply, plan_of, remove
+from fastvideo.integrations.diffusers.dispatcher import dispatcher_names, register_dispatcher_names
 from fastvideo.integrations.diffusers.family import (
     Family,
     Gather,
@@ -29,8 +30,10 @@ __all__ = [
     "Split",
     "apply",
     "denoising_step",
+    "dispatcher_names",
     "known_models",
     "plan_of",
+    "register_dispatcher_names",
     "register_family",
     "remove",
 ]
