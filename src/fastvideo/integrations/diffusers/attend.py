@@ -141,18 +141,26 @@ class VideoAttend(Attend):
         if text is not None and text_mask is not None:
             own = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
             return attend(video, text, torch.cat([own, text_mask], dim=1))
+        self.check_mask(mask)
         if mask is None:
             return attend(video, text, None)
-        if self.group.size > 1:
-            raise NotImplementedError(
-                f"a mask over all tokens at {self.place.path} isn't cut into the shards of {self.group.size} devices; "
-                "run this model on one device, or without the mask"
-            )
         num_text = 0 if text is None else text[0].shape[1]
         whole_query = torch.empty(
             (query.shape[0], query.shape[1] + num_text, *query.shape[2:]), dtype=query.dtype, device="meta"
         )
         return attend(video, text, fit_mask(mask, whole_query, whole_query.shape[1]))
+
+    def check_mask(self, mask: torch.Tensor | None) -> None:
+        """Refuse a mask over all tokens where several devices share them.
+
+        Raises:
+            NotImplementedError: They do.
+        """
+        if mask is not None and self.group.size > 1:
+            raise NotImplementedError(
+                f"a mask over all tokens at {self.place.path} isn't cut into the shards of {self.group.size} devices; "
+                "run this model on one device, or without the mask"
+            )
 
 
 def _attend_to_real_text(

@@ -37,6 +37,7 @@ class CogVideoXProcessor(Processor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend within video, `[B, S, C]`, and text, `[B, R, C]`; the arguments are those of diffusers' processor."""
+        self.attend.check_mask(attention_mask)
         query, key, value = _project(attn, hidden_states)
         text = _project(attn, encoder_hidden_states)
         if image_rotary_emb is not None:

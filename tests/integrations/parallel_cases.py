@@ -1,0 +1,132 @@
+"""Run by test_parallel.py once per rank: models whose tokens two ranks share, against the same models on one.
+
+Each rank makes the same model and inputs from one seed, so it can compute one device's numbers itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import SHARED, call, call_with_gradients, convert, make
+
+from fastvideo.integrations.diffusers import AttentionPolicy, Rule, apply, denoising_step, remove
+from fastvideo.testing import assert_within_budget
+
+VSA = AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)])
+
+
+def average(numbers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Average gradients over the ranks, as data parallelism does; outputs stay each rank's own."""
+    for name, tensor in numbers.items():
+        if name != "output":
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+    return numbers
+
+
+def family(name: str, mesh: Any) -> None:
+    model, inputs = make(name)
+    alone = call_with_gradients(model, inputs)
+    wide = copy.deepcopy(model).double()
+    if getattr(wide, "learnable_pos_embed", None) is not None:
+        wide.learnable_pos_embed.float()
+    exact = call_with_gradients(wide, convert(inputs, torch.float64))
+    apply(model, parallel=mesh)
+    shared = average(call_with_gradients(model, inputs))
+    for key, tensor in shared.items():
+        assert_within_budget(tensor, exact[key], alone[key], name=f"dense: {key}")
+    apply(model, VSA)
+    alone = call_with_gradients(model, inputs)
+    apply(model, VSA, parallel=mesh)
+    shared = average(call_with_gradients(model, inputs))
+    for key, tensor in shared.items():
+        scale = float(alone[key].abs().max())
+        assert torch.allclose(tensor, alone[key], atol=2e-5 * scale), f"VSA: {key} {(tensor - alone[key]).abs().max() / scale}"
+    assert not torch.allclose(shared["output"], exact["output"].float(), atol=1e-3), "VSA changed nothing"
+    remove(model)
+    assert torch.allclose(call(model, inputs), exact["output"].float(), atol=1e-4)
+
+
+def recomputed_and_compiled(mesh: Any) -> None:
+    model, inputs = make("wan")
+    later = AttentionPolicy(rules=[Rule(role="self", steps="1-", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)])
+    apply(model, later, parallel=mesh)
+
+    def two_steps() -> list[torch.Tensor]:
+        model.zero_grad()
+        outputs = []
+        for step in (0, 1):
+            with denoising_step(step):
+                outputs.append(call(model, inputs))
+        sum(output.square().sum() for output in outputs).backward()
+        return [*(output.detach() for output in outputs), model.blocks[0].attn1.to_q.weight.grad.clone()]
+
+    expected = two_steps()
+    model.train()
+    model.enable_gradient_checkpointing()
+    for found, wanted in zip(two_steps(), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5, rtol=1e-4)
+    model.disable_gradient_checkpointing()
+    model.eval()
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for step in (0, 1):
+            with denoising_step(step):
+                assert torch.allclose(call(model, inputs), expected[step], atol=1e-5)
+
+
+def refusals(mesh: Any) -> None:
+    model, inputs = make("wan")
+    apply(model, parallel=mesh)
+    with pytest.raises(ValueError, match="which 2 devices can't share equally"):
+        call(model, {**inputs, "hidden_states": torch.randn(2, 4, 3, 6, 10)})
+    model, inputs = make("hunyuan i2v")
+    with pytest.raises(NotImplementedError, match="token_replace"):
+        apply(model, parallel=mesh)
+    expected = call(model, inputs)  # nothing has changed
+    apply(model)  # the default process group isn't taken for a mesh
+    assert torch.allclose(call(model, inputs), expected, atol=1e-5)
+    model, inputs = make("cogvideox")
+    apply(model, parallel=mesh)
+    with pytest.raises(NotImplementedError, match="isn't cut into the shards"):
+        call(model, {**inputs, "attention_kwargs": {"attention_mask": torch.zeros(2, 1, 127)}})
+
+
+def run(check: Callable[..., None], *args: Any) -> str:
+    try:
+        check(*args)
+    except (Exception, pytest.fail.Exception):  # noqa: BLE001  # whatever a case raises is its report
+        return traceback.format_exc()
+    return "equal"
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=90))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ulysses",))
+    report = {name: run(family, name, mesh) for name in SHARED}
+    report["recomputed and compiled"] = run(recomputed_and_compiled, mesh)
+    report["refusals"] = run(refusals, mesh)
+    (folder / f"{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
