@@ -63,6 +63,7 @@ _BUILT_INS = {
     for entry in (
         BackendEntry("FLASH_ATTN", "fastvideo.attention.backends.flash_attn:FlashAttentionBackend", "built-in"),
         BackendEntry("TORCH_SDPA", "fastvideo.attention.backends.torch_sdpa:TorchSDPABackend", "built-in"),
+        BackendEntry("SAGE_ATTN", "fastvideo.attention.backends.sage_attn:SageAttentionBackend", "built-in"),
         BackendEntry(
             "SLIDING_TILE_ATTN",
             "fastvideo.attention.backends.sliding_tile_attn:SlidingTileAttentionBackend",
