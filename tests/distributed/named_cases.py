@@ -209,7 +209,7 @@ def check_float8(mesh, device: str) -> None:
         off = (found - expected).norm() / expected.norm()
         assert 0.001 < off < 0.06, f"{layout}: off by {off}"
         leaf = q.clone().requires_grad_()
-        expect(NotImplementedError, "for inference", eighth, leaf, k, v)
+        expect(NotImplementedError, "is for inference", eighth, leaf, k, v)
     ring = DistributedAttention(4, 16, layout="ring", exchange_dtype=torch.float8_e4m3fn)
     expect(NotImplementedError, "got layout 'ring'", ring, q, k, v)
     assert size > 1

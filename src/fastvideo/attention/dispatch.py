@@ -144,9 +144,7 @@ class Dispatcher:
         """
         has_own_arguments = len(self.extra_impl_args) > 0
         scope = thread_state.backend_wish
-        at_hand = thread_state.attn_metadata if metadata is None else metadata
-        if isinstance(at_hand, AttentionMetadata):
-            call = {**call, "metadata_cls": type(at_hand)}
+        call = _with_metadata(call, metadata)
         if torch.compiler.is_compiling():
             call = {name: plain(value) for name, value in call.items()}
             key = _select_while_tracing(self.configuration, self.limits, has_own_arguments, backend, scope, **call)
@@ -158,12 +156,43 @@ class Dispatcher:
         _make_own(self.token, key, call["num_heads"], call["num_kv_heads"], call["is_causal"])
         return self.own[key]
 
+    def accepts(self, call: dict[str, Any], metadata: AttentionMetadata | None = None) -> bool:
+        """Return whether `select` would find something to run a call, without running it or keeping the decision."""
+        scope, call = thread_state.backend_wish, _with_metadata(call, metadata)
+        if torch.compiler.is_compiling():
+            return _accepts(self.limits, scope, **{name: plain(value) for name, value in call.items()})
+        return _accepts(self.limits, scope, **call)
+
     def make_own(self, key: str, num_heads: int, num_kv_heads: int, is_causal: bool) -> None:
         """Build the layer's own implementation for a key, if it is new."""
         if key not in self.own:
             prefix = f"{self.prefix}.impl" if self.prefix else ""
             sizes = (num_heads, self.head_size, self.softmax_scale, is_causal, num_kv_heads)
             self.own[key] = _build(key.split()[0], sizes, prefix, self.extra_impl_args)
+
+
+def _with_metadata(call: dict[str, Any], metadata: AttentionMetadata | None) -> dict[str, Any]:
+    at_hand = thread_state.attn_metadata if metadata is None else metadata
+    return {**call, "metadata_cls": type(at_hand)} if isinstance(at_hand, AttentionMetadata) else call
+
+
+def _decide(
+    limits: tuple[tuple[str, ...] | None, str | None, str | None],
+    backend: BackendWish | None,
+    scope: str | None,
+    call: dict[str, Any],
+) -> Decision:
+    request = AttentionRequest(**call, system=current_platform(call["device"]))
+    supported, own, default = limits
+    wish, notes = resolve_wish(backend, own, scope, supported)
+    if wish is None and default is not None:
+        wish = Wish(default, "layer")
+    return decide(request, wish, supported, notes, tuple(registered_backends()))
+
+
+@constant_while_tracing
+def _accepts(limits: tuple[tuple[str, ...] | None, str | None, str | None], scope: str | None, **call: Any) -> bool:
+    return _decide(limits, None, scope, call).chosen is not None
 
 
 def _select(
@@ -174,13 +203,8 @@ def _select(
     call: dict[str, Any],
 ) -> tuple[str, Decision]:
     """Choose, and return the key of the implementation, which is built if it is new and may be shared, and the decision."""
-    request = AttentionRequest(**call, system=current_platform(call["device"]))
-    supported, own, default = limits
-    wish, notes = resolve_wish(backend, own, scope, supported)
-    if wish is None and default is not None:
-        wish = Wish(default, "layer")
-    decision = decide(request, wish, supported, notes, tuple(registered_backends()))
-    name = decision.require()
+    decision = _decide(limits, backend, scope, call)
+    name, request = decision.require(), decision.request
     sizes = (request.num_heads, request.head_size, request.softmax_scale, request.is_causal, request.num_kv_heads)
     key = f"{name} {sizes} {request.device}"
     if key not in _shared and not has_own_arguments and vars(load_backend(name)).get("layer_independent", False):

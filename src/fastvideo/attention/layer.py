@@ -17,15 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.dispatch import Dispatcher, check_sequence, find_metadata
 from fastvideo.attention.functional import describe_call, forward_extras, run_impl
-from fastvideo.attention.parallel import Chosen, run_shared
+from fastvideo.attention.parallel import place, run_shared
 from fastvideo.attention.rope import apply_rope
 from fastvideo.attention.selector import BackendWish, Decision
 from fastvideo.attention.shared_call import (
     SharedCall,
     agreed,
-    heads_at_backend,
-    lengths_at_backend,
-    num_head_groups,
     replicated_last,
     shard_lengths_of,
 )
@@ -40,7 +37,7 @@ from fastvideo.attention.validation import (
     check_sizes,
     mask_kind,
 )
-from fastvideo.distributed.layouts import LAYOUTS, Layout, resolve_layout
+from fastvideo.distributed.layouts import LAYOUTS
 from fastvideo.distributed.mesh import SequenceGroup, as_sequence_group, current_sequence_group
 from fastvideo.distributed.precision import FLOAT8
 from fastvideo.platforms import AttentionBackendEnum
@@ -220,7 +217,7 @@ class DistributedAttention(_AttentionLayer):
     Layouts: `"ulysses"` swaps tokens of all heads for all tokens of some heads, attends, and swaps back. `"ring"` leaves
     queries where they are, fetches keys from one device after another and merges; `"gather"` fetches them all at once. On a
     mesh with dims `"ring"` and `"ulysses"` both happen along their dims, and `layout` says how keys are shared along the
-    former. `"auto"` takes Ulysses where heads keep the devices busy. A sparse backend needs `"ulysses"`.
+    former. `"auto"` takes what `fastvideo.distributed.plan` expects to be fastest. A sparse backend needs `"ulysses"`.
 
     Gradients: the global loss is the sum over devices of their local losses, and a loss on the replicated output is counted
     once (on one device, or a share on each). Then every gradient equals one device's: that of a shard directly, that of a
@@ -388,35 +385,16 @@ class DistributedAttention(_AttentionLayer):
         kind = mask_kind(attn_mask, rows, (k.shape[1] if is_padding else sum(kv_lengths)) + call.num_more, q)
         if self.joint_strategy == "front":
             call = replicated_last(call)
-        layout = resolve_layout(self.layout, group, self.num_heads, needs_whole_sequence=self._default_backend is not None)
-        call = replace(call, head_groups=num_head_groups(call, layout, self.head_groups))
-        chosen = self._choose(call, kind, layout, attn_metadata)
+        layout, call, chosen = place(
+            call, group, kind, self._dispatcher, attn_metadata,
+            wish=self.layout, head_groups=self.head_groups, needs_whole_sequence=self._default_backend is not None,
+        )  # fmt: skip
         metadata = find_metadata(chosen.whole, attn_metadata)
         check_sequence(chosen.whole, metadata, sum(lengths))
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
         call = replace(call, query=q, key=k, metadata=metadata)
         return run_shared(agreed(call, group, layout, chosen.whole.name, kind, self.prefix), group, layout, chosen)
-
-    def _choose(self, call: SharedCall, kind: str | None, layout: Layout, metadata: AttentionMetadata | None) -> Chosen:
-        """Return what runs a group of this device's heads."""
-        (query_len, key_len), merges = lengths_at_backend(call, layout)
-        num_heads, num_kv_heads = heads_at_backend(call, layout)
-        fields = describe_call(
-            call.query, call.key, call.value, call.mask, kind, self.softmax_scale, self.causal,
-            gate=call.gate, replicated=call.replicated, num_replicated=call.num_more, return_lse=merges,
-            layout=layout.name, lengths=(query_len, key_len),
-        )  # fmt: skip
-        if call.sends_float8 and (merges or fields["needs_grad"]):
-            raise NotImplementedError(
-                f"exchange_dtype={self.exchange_dtype} is for inference by Ulysses or gather, got layout {layout.name!r} and "
-                f"needs_grad={fields['needs_grad']}; call under torch.no_grad(), or leave it None"
-            )
-        fields = {**fields, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        # Causal attention in parts runs causal on the diagonal, and the parts beside it without.
-        beside = self._dispatcher.select({**fields, "is_causal": False}, None, metadata) if merges and self.causal else None
-        whole = self._dispatcher.select(fields, None, metadata)
-        return Chosen(whole, whole if beside is None else beside)
 
 
 class DistributedAttention_VSA(DistributedAttention):

@@ -1,6 +1,6 @@
-"""One attention call over tokens that several devices share: exchange, attend, exchange back.
+"""One attention call over tokens that several devices share: choose a layout, exchange, attend, exchange back.
 
-The layer has checked the call and chosen the backend; here the tensors travel. Each layout is made of the same moves
+The layer has checked the call; here the tensors travel. Each layout is made of the same moves
 (`fastvideo.distributed.collectives`), whose gradients are those moves backwards.
 
 `B batch, S tokens of this device's shard, R replicated tokens, H heads, D head size`; `[B, S, H, D]` everywhere.
@@ -9,21 +9,23 @@ The layer has checked the call and chosen the backend; here the tensors travel. 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from fastvideo.attention.dispatch import Selected
-from fastvideo.attention.functional import forward_extras, run_impl
+from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.attention.dispatch import Dispatcher, Selected
+from fastvideo.attention.functional import describe_call, forward_extras, run_impl
 from fastvideo.attention.parts import BackendParts
-from fastvideo.attention.shared_call import SharedCall
+from fastvideo.attention.shared_call import SharedCall, as_planned, heads_at_backend, lengths_at_backend, num_head_groups
 from fastvideo.distributed.collectives import Launched, exchange, finish_exchange, gather_route, launch_exchange
-from fastvideo.distributed.layouts import Layout
+from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.ring import attend_in_parts, causal_steps, regroup_route, ring_steps
 from fastvideo.distributed.shards import gather_over_mesh, rows_of_mesh, sum_over_mesh
 from fastvideo.distributed.ulysses import HeadShares, cut_heads, exchange_mask, head_route, join_heads, share_heads, token_route
 
-__all__ = ["Chosen", "run_shared"]
+__all__ = ["Chosen", "place", "run_shared"]
 
 Tensor = torch.Tensor
 
@@ -39,6 +41,69 @@ class Chosen:
 
     whole: Selected
     parts: Selected
+
+
+def place(
+    call: SharedCall,
+    group: SequenceGroup,
+    kind: str | None,
+    dispatcher: Dispatcher,
+    metadata: AttentionMetadata | None,
+    *,
+    wish: str,
+    head_groups: int | None,
+    needs_whole_sequence: bool,
+) -> tuple[Layout, SharedCall, Chosen]:
+    """Choose the layout and what runs in it.
+
+    Args:
+        call: The call.
+        group: All ranks that share the sequence.
+        kind: The mask's kind.
+        dispatcher: The layer's.
+        metadata: Metadata handed over with the call.
+        wish: The layout asked for; `"auto"` takes the best that some backend accepts.
+        head_groups: Groups of heads asked for.
+        needs_whole_sequence: The layer is sparse.
+
+    Returns:
+        The layout, the call with its heads grouped for it, and what runs.
+
+    Raises:
+        ValueError: The layout contradicts the mesh.
+        NotImplementedError: Sending in float8 with a gradient, or in a layout that lacks it.
+        BackendUnavailable: Nothing that may run can.
+    """
+    names = ranked_layouts(wish, group, needs_whole_sequence=needs_whole_sequence, **as_planned(call, head_groups))
+    for name in names:
+        layout = resolve_layout(name, group)
+        grouped = replace(call, head_groups=num_head_groups(call, layout, head_groups))
+        fields = _request_fields(grouped, kind, layout)
+        lacks_float8 = call.sends_float8 and fields["needs_lse"]
+        if name == names[-1] or (not lacks_float8 and dispatcher.accepts(fields, metadata)):
+            break
+    if call.sends_float8 and (fields["needs_lse"] or fields["needs_grad"]):
+        raise NotImplementedError(
+            f"sending in float8 is for inference by Ulysses or gather, got layout {layout.name!r} and "
+            f"needs_grad={fields['needs_grad']}; call under torch.no_grad(), or set exchange_dtype=None"
+        )
+    # Causal attention in parts runs causal on the diagonal, and the parts beside it without.
+    is_split = fields["needs_lse"] and call.is_causal
+    beside = dispatcher.select({**fields, "is_causal": False}, None, metadata) if is_split else None
+    whole = dispatcher.select(fields, None, metadata)
+    return layout, grouped, Chosen(whole, whole if beside is None else beside)
+
+
+def _request_fields(call: SharedCall, kind: str | None, layout: Layout) -> dict[str, Any]:
+    """Return the fields of the `AttentionRequest` for a group of this device's heads."""
+    (query_len, key_len), merges = lengths_at_backend(call, layout)
+    num_heads, num_kv_heads = heads_at_backend(call, layout)
+    fields = describe_call(
+        call.query, call.key, call.value, call.mask, kind, call.scale, call.is_causal,
+        gate=call.gate, replicated=call.replicated, num_replicated=call.num_more, return_lse=merges,
+        layout=layout.name, lengths=(query_len, key_len),
+    )  # fmt: skip
+    return {**fields, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
 
 
 def run_shared(call: SharedCall, group: SequenceGroup, layout: Layout, chosen: Chosen) -> tuple[Tensor, Tensor | None]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.compilation import plain
 from fastvideo.distributed.agreement import agree
 from fastvideo.distributed.layouts import Layout
 from fastvideo.distributed.mesh import SequenceGroup
@@ -22,6 +24,7 @@ from fastvideo.forward_context import thread_state
 __all__ = [
     "SharedCall",
     "agreed",
+    "as_planned",
     "heads_at_backend",
     "lengths_at_backend",
     "num_head_groups",
@@ -161,6 +164,26 @@ def heads_at_backend(call: SharedCall, layout: Layout) -> tuple[int, int]:
     rank = layout.ulysses.rank if stop > start else 0
     start, stop = shares.query[rank]
     return stop - start, len(shares.key_index(rank, num_heads, num_kv_heads))
+
+
+def as_planned(call: SharedCall, head_groups: int | None) -> dict[str, Any]:
+    """Return the call as `fastvideo.distributed.plan.plan` takes it."""
+    batch, _, num_heads, head_size = call.query.shape
+    tensors = (call.query, call.key, call.value, call.gate, call.mask, *(call.replicated or ()))
+    return {
+        "heads": num_heads,
+        "kv_heads": call.key.shape[2],
+        "seq": sum(call.lengths),
+        "cross_seq": max(1, sum(call.kv_lengths)),
+        "head_size": head_size,
+        "batch": plain(batch),
+        "dtype": call.query.dtype,
+        "replicated": call.num_more,
+        "causal": call.is_causal,
+        "has_gate": call.gate is not None,
+        "head_groups": head_groups or (1 if call.query.device.type == "cpu" else 4),
+        "needs_grad": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+    }
 
 
 def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str, kind: str | None, prefix: str) -> SharedCall:

@@ -5,17 +5,17 @@ On a mesh with dims `("ring", "ulysses")` both happen at once: Ulysses along the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
+from fastvideo.compilation import constant_while_tracing
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
+from fastvideo.distributed.plan import plan
 
-__all__ = ["LAYOUTS", "Layout", "resolve_layout"]
+__all__ = ["LAYOUTS", "Layout", "ranked_layouts", "resolve_layout"]
 
 LAYOUTS = ("auto", "ulysses", "ring", "gather")
-"""What a layer may be asked for. `"auto"` follows the mesh's dims, and on one dim takes what keeps the ranks busiest."""
-
-_LEAST_SHARE_OF_BUSY_HEADS = 0.75
-"""Below it, `"auto"` shares keys instead of heads: 3 heads on 4 ranks still go by heads, 5 on 4 don't."""
+"""What a layer may be asked for. `"auto"` takes what `plan` expects to be fastest of those that mesh and backend allow."""
 
 
 class Layout(NamedTuple):
@@ -34,28 +34,58 @@ class Layout(NamedTuple):
     gathers: bool
 
 
-def resolve_layout(wish: str, group: SequenceGroup, num_heads: int, *, needs_whole_sequence: bool = False) -> Layout:
+def ranked_layouts(wish: str, group: SequenceGroup, *, needs_whole_sequence: bool = False, **call: Any) -> tuple[str, ...]:
+    """Return the layouts that `wish` allows on the ranks of `group`, best first.
+
+    Args:
+        wish: One of `LAYOUTS`.
+        group: The ranks that share the sequence.
+        needs_whole_sequence: The layer is sparse.
+        **call: The call as `fastvideo.distributed.plan.plan` takes it, the same on every rank.
+
+    Example:
+        >>> ranked_layouts("auto", LOCAL)
+        ('auto',)
+    """
+    if wish != "auto" or group.size == 1:
+        return (wish,)
+    if group.ring is None or group.ulysses is None:
+        return ("ulysses",) if needs_whole_sequence else _ranked(group.size, None, **call)
+    if group.ring.size == 1:
+        return ("ulysses",)
+    return _ranked(group.size, (group.ring.size, group.ulysses.size), **call)
+
+
+@constant_while_tracing
+def _ranked(size: int, mesh: tuple[int, int] | None, **call: Any) -> tuple[str, ...]:
+    return _by_plan(size, mesh, **call)
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_plan(size: int, mesh: tuple[int, int] | None, **call: Any) -> tuple[str, ...]:
+    found = plan(world_size=size, mesh=mesh, **call)
+    meshes = ((1, size), (size, 1)) if mesh is None else (mesh,)
+    # Those that the plan calls illegal come last: one of them may be all there is, and its refusal says why.
+    return tuple(layout.name.split("+")[-1] for layout in found.layouts if (layout.ring, layout.ulysses) in meshes)
+
+
+def resolve_layout(wish: str, group: SequenceGroup) -> Layout:
     """Return the layout that `wish` means on the ranks of `group`.
 
     Args:
-        wish: One of `LAYOUTS`; named ones run as they are or raise.
+        wish: `"ulysses"`, `"ring"` or `"gather"`; they run as they are or raise.
         group: The ranks that share the sequence.
-        num_heads: Query heads.
-        needs_whole_sequence: The layer is sparse, so `"auto"` shares heads.
 
     Raises:
         ValueError: The wish contradicts the dims of the mesh.
 
     Example:
-        >>> resolve_layout("auto", LOCAL, 8).name
+        >>> resolve_layout("ring", LOCAL).name
         'local'
     """
     if group.size == 1:
         return Layout("local", LOCAL, LOCAL, False)
     if group.ring is None or group.ulysses is None:
-        if wish == "auto":
-            busy = num_heads / (group.size * -(-num_heads // group.size))
-            wish = "ulysses" if needs_whole_sequence or busy >= _LEAST_SHARE_OF_BUSY_HEADS else "gather"
         ring, ulysses = (LOCAL, group) if wish == "ulysses" else (group, LOCAL)
     else:
         ring, ulysses = group.ring, group.ulysses

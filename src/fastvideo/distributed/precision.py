@@ -33,4 +33,5 @@ def from_float8(sent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return what `to_float8` made bytes of, in `dtype`."""
     values, scale = torch.split(sent, [sent.shape[-1] - _SCALE_BYTES, _SCALE_BYTES], dim=-1)
     wide = values.contiguous().view(FLOAT8).to(torch.float32)
-    return (wide * scale.contiguous().view(torch.float32)).to(dtype)
+    # A copy starts at an address that four bytes may be read from.
+    return (wide * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)).to(dtype)
