@@ -171,6 +171,28 @@ def compiled() -> str:
     return "no error"
 
 
+def compiled_blocks() -> str:
+    """Equal blocks share a graph although their layers have names."""
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+
+    class Block(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.prefix = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return agree(x + 1, group, timeout=TIMEOUT, query=tuple(x.shape), layer=self.prefix)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    x = torch.zeros(2)
+    for number in range(12):
+        block = Block(f"blocks.{number}")
+        block.compile(fullgraph=True, backend="aot_eager")
+        x = block(x)
+    return f"{x.tolist()} {torch._dynamo.utils.counters['stats']['unique_graphs']} graph {ledger().count} calls"
+
+
 def gradient() -> str:
     """Runs after `compiled`, which has paid for the compiler."""
     group = SequenceGroup.from_mesh(dist.group.WORLD)
@@ -178,6 +200,31 @@ def gradient() -> str:
     x = torch.tensor([2.0], requires_grad=True)
     run(x).sum().backward()
     return str(x.grad.item())
+
+
+def on_nccl(length: int, timeout: float = TIMEOUT) -> float:
+    """A call in mode "auto" whose transport is NCCL, with the device waited for."""
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    x = torch.full((length,), RANK + 1.0, device=f"cuda:{RANK}")
+    out = gathered(agree(x, group, timeout=timeout, query=(1, length)), group.name)
+    torch.cuda.synchronize()
+    return out.view(SIZE, length)[:, 0].sum().item()
+
+
+def nccl_lone_new_shape() -> str:
+    assert [on_nccl(4) for _ in range(5)] == [3.0] * 5
+    on_nccl(4 + RANK)
+    return "no error"
+
+
+def nccl_killed() -> str:
+    for _ in range(3):
+        on_nccl(4, timeout=3.0)
+    if RANK == 1:
+        time.sleep(0.6)
+        os.kill(os.getpid(), signal.SIGKILL)
+    on_nccl(4, timeout=3.0)
+    return "no error"
 
 
 def killed() -> str:
@@ -243,13 +290,19 @@ TOGETHER = (
     new_other_order,
     new_behind,
     compiled,
+    compiled_blocks,
     gradient,
 )
 
 
 def run(case: Callable[[], str], store: dist.Store) -> dict[str, object]:
     store = dist.PrefixStore(case.__name__, store)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE, timeout=timedelta(seconds=60))
+    on_cuda = case.__name__.startswith("nccl")
+    if on_cuda:
+        torch.cuda.set_device(RANK)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo", store=store, rank=RANK, world_size=SIZE, timeout=timedelta(seconds=60)
+    )
     start = time.monotonic()
     try:
         told = case()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fastvideo.distributed.agreement.records import describe_difference
@@ -91,6 +92,11 @@ def test_known_calls_cost_next_to_nothing(together: Path) -> None:
         assert float(told.split()[0]) < 100, "a dictionary lookup, on a busy machine"
 
 
+def test_equal_blocks_share_a_graph(together: Path) -> None:
+    told = [read(together, "compiled_blocks", rank)["told"] for rank in range(2)]
+    assert told == ["[12.0, 12.0] 1 graph 12 calls"] * 2
+
+
 def test_gradients_pass(together: Path) -> None:
     assert [read(together, "gradient", rank)["told"] for rank in range(2)] == ["12.0"] * 2
 
@@ -110,6 +116,24 @@ def test_a_killed_rank_ends_the_others(name: str, size: int, text: str, within: 
         report = read(tmp_path, name, rank)
         assert str(report["told"]).startswith(text), report["told"]
         assert report["seconds"] < within
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
+def test_nccl_is_left_when_a_peer_stops_before_it(server, tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(2, tmp_path, "nccl_lone_new_shape", server.port), 120) == [0, 0]
+    for rank in range(2):
+        report = read(tmp_path, "nccl_lone_new_shape", rank)
+        assert report["told"] == (
+            "ranks disagree on call 6 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)"
+        )
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices")
+def test_nccl_is_left_when_a_peer_is_killed(server, tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(2, tmp_path, "nccl_killed", server.port), 120) == [0, -9]
+    assert str(read(tmp_path, "nccl_killed", 0)["told"]).startswith("rank 1 has shown no sign of life for")
 
 
 def test_a_rank_that_ends_is_named_at_once(server, tmp_path: Path) -> None:

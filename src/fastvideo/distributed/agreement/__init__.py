@@ -5,7 +5,7 @@ words. When it does so is the mode (`FASTVIDEO_AGREEMENT`):
 
 - `"every"`, the thorough one: at every call. One round trip to the store, 0.1 to 0.3 ms of host time.
 - `"new"`: at a call that isn't the only one ever seen to follow the call before. A call that is costs a dictionary lookup,
-  2 µs. Peers that went ahead are then inside the transport; the watchdog tells them and aborts the process group.
+  3 µs. Peers that went ahead are then inside the transport; the watchdog tells them and aborts the process group.
 - `"auto"`, the default: `"new"` on CUDA, whose transport (NCCL) can be aborted; `"every"` elsewhere, because gloo can't, and
   a mismatch inside it ends the process.
 - `"off"`.
@@ -54,7 +54,7 @@ def agree(
         mode: `"auto"`, `"new"`, `"every"` or `"off"`, the same on every rank; `None` takes `FASTVIDEO_AGREEMENT`.
         timeout: Seconds to wait for peers; `None` takes `FASTVIDEO_AGREEMENT_TIMEOUT`.
         **fields: What the ranks have to agree on, by name, compared as text: shapes that are equal everywhere, dtype, layout.
-            A `layer` that is empty on one rank fits every name.
+            The `layer` only where every rank names it; compiled code doesn't.
 
     Raises:
         RanksDisagree: Another rank makes another call, ended, or didn't come within the timeout.
@@ -75,7 +75,8 @@ def agree(
     parts = (group, group.ring, group.ulysses)
     transports = "\n".join([part.name for part in parts if part is not None and part.name])
     if torch.compiler.is_compiling():
-        text = _as_text(tuple([(name, _plain(value)) for name, value in fields.items()]))
+        # Equal layers compile once: nothing that differs between them may be read while tracing.
+        text = _as_text(tuple([(name, _plain(value)) for name, value in fields.items() if name != "layer"]))
         return _agree_op(x, list(group.ranks), transports, mode, timeout, text)  # type: ignore[no-any-return]
     _agree_now(group.ranks, transports, mode, timeout, tuple([(name, str(value)) for name, value in fields.items()]))
     return x

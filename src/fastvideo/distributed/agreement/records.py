@@ -35,8 +35,8 @@ def decode(record: bytes | str) -> tuple[int, Fields]:
 def describe_difference(number: int, calls: Mapping[int, Fields]) -> str | None:
     """Say which ranks deviate and in what, or return `None` where all ask for the same.
 
-    What most ranks ask for is taken as meant; of equal halves, that of the lowest rank. An empty `layer` fits every name:
-    compiled code doesn't know the names of its layers.
+    What most ranks ask for is taken as meant; of equal halves, that of the lowest rank. Where a rank names no `layer`, as
+    compiled code doesn't, names aren't compared.
 
     Args:
         number: The call.
