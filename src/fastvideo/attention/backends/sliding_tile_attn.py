@@ -22,7 +22,7 @@ from fastvideo.attention.backends.abstract import (
     AttentionMetadata,
     AttentionMetadataBuilder,
 )
-from fastvideo.attention.backends.sparse import SparseAttentionImpl
+from fastvideo.attention.backends.sparse import SparseAttentionImpl, common_rejections
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern
@@ -41,7 +41,6 @@ __all__ = [
 
 Window: TypeAlias = tuple[int, int, int]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_TILE_TYX = (6, 8, 8)
 """The paper's tile: 384 tokens."""
 _MAX_TILE = 256
@@ -92,18 +91,7 @@ class SlidingTileAttentionBackend(AttentionBackend):
         A request does not say whether the metadata has one window or one per head; with heads exchanged between devices
         the latter is refused by `SlidingTileAttentionImpl.forward`, which sees both.
         """
-        reasons = [*super().rejections(request)]
-        if request.is_causal:
-            reasons.append("causal attention is not supported: tiles see each other in both directions")
-        if request.query_len != request.key_len:
-            reasons.append(
-                f"cross attention ({request.query_len} queries, {request.key_len} keys) is not supported: queries and keys "
-                "are tiles of one video"
-            )
-        elif request.num_replicated >= request.query_len:
-            reasons.append(f"no video tokens: {request.num_replicated} of {request.query_len} tokens are replicated text")
-        if request.dtype not in _DTYPES:
-            reasons.append(f"dtype {request.dtype} is not supported; expected one of {', '.join(map(str, _DTYPES))}")
+        reasons = [*super().rejections(request), *common_rejections(request)]
         if request.metadata_cls is not None and not issubclass(request.metadata_cls, SlidingTileAttentionMetadata):
             reasons.append(
                 f"metadata of class {request.metadata_cls.__name__} is not this backend's; build it with "

@@ -1,4 +1,4 @@
-"""What the sparse backends share: an implementation that refuses what no sparse method here has.
+"""What the sparse backends share: what no sparse method over the tiles of a video does, as reasons and as errors.
 
 This is no backend, so backends may import it.
 """
@@ -8,11 +8,35 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from fastvideo.attention.backends.abstract import AttentionImpl, AttentionMetadata
+import torch
 
-__all__ = ["SparseAttentionImpl"]
+from fastvideo.attention.backends.abstract import AttentionImpl, AttentionMetadata
+from fastvideo.attention.request import AttentionRequest
+
+__all__ = ["SparseAttentionImpl", "common_rejections"]
 
 M = TypeVar("M", bound=AttentionMetadata)
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def common_rejections(request: AttentionRequest) -> list[str]:
+    """Return the reasons that hold for every method over the tiles of one video."""
+    reasons = []
+    if request.is_causal:
+        reasons.append("causal attention is not supported: tiles see each other in both directions")
+    if request.query_len != request.key_len:
+        reasons.append(
+            f"cross attention ({request.query_len} queries, {request.key_len} keys) is not supported: queries and keys "
+            "are tiles of one video"
+        )
+    elif request.num_replicated >= request.query_len:
+        reasons.append(f"no video tokens: {request.num_replicated} of {request.query_len} tokens are replicated text")
+    if request.dtype not in _DTYPES:
+        reasons.append(f"dtype {request.dtype} is not supported; expected one of {', '.join(map(str, _DTYPES))}")
+    if request.device == "mps" and request.dtype == torch.float64:
+        reasons.append("dtype torch.float64 does not exist on mps; use float32")
+    return reasons
 
 
 class SparseAttentionImpl(AttentionImpl[M]):

@@ -21,7 +21,7 @@ from fastvideo.attention.backends.abstract import (
     AttentionMetadata,
     AttentionMetadataBuilder,
 )
-from fastvideo.attention.backends.sparse import SparseAttentionImpl
+from fastvideo.attention.backends.sparse import SparseAttentionImpl, common_rejections
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.selection import num_kept_tiles
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
@@ -36,7 +36,6 @@ __all__ = [
     "VideoSparseAttentionMetadataBuilder",
 ]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_TILE_TYX = (4, 4, 4)
 """The paper's tile: 64 tokens."""
 
@@ -78,21 +77,7 @@ class VideoSparseAttentionBackend(AttentionBackend):
     @classmethod
     def rejections(cls, request: AttentionRequest) -> tuple[str, ...]:
         """Return every reason against `request`: masks, causal, dropout, log-sum-exp, cross attention, dtype."""
-        reasons = [*super().rejections(request)]
-        if request.is_causal:
-            reasons.append("causal attention is not supported: tiles see each other in both directions")
-        if request.query_len != request.key_len:
-            reasons.append(
-                f"cross attention ({request.query_len} queries, {request.key_len} keys) is not supported: queries and keys "
-                "are tiles of one video"
-            )
-        elif request.num_replicated >= request.query_len:
-            reasons.append(f"no video tokens: {request.num_replicated} of {request.query_len} tokens are replicated text")
-        if request.dtype not in _DTYPES:
-            reasons.append(f"dtype {request.dtype} is not supported; expected one of {', '.join(map(str, _DTYPES))}")
-        if request.device == "mps" and request.dtype == torch.float64:
-            reasons.append("dtype torch.float64 does not exist on mps; use float32")
-        return tuple(reasons)
+        return (*super().rejections(request), *common_rejections(request))
 
 
 @dataclass
