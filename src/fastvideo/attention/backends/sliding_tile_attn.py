@@ -97,8 +97,6 @@ class SlidingTileAttentionBackend(AttentionBackend):
                 f"metadata of class {request.metadata_cls.__name__} is not this backend's; build it with "
                 "SlidingTileAttentionMetadataBuilder"
             )
-        if request.device == "mps" and request.dtype == torch.float64:
-            reasons.append("dtype torch.float64 does not exist on mps; use float32")
         return tuple(reasons)
 
 
