@@ -7,7 +7,7 @@ from fastvideo.distributed.mesh import (
     sequence_parallel,
     sequence_parallel_world,
 )
-from fastvideo.distributed.shards import gather_sequence, key_padding_shard, shard_sequence, split_lengths
+from fastvideo.distributed.shards import gather_sequence, key_padding_shard, shard_sequence, shards_of, split_lengths
 
 __all__ = [
     "SequenceGroup",
@@ -18,5 +18,6 @@ __all__ = [
     "sequence_parallel",
     "sequence_parallel_world",
     "shard_sequence",
+    "shards_of",
     "split_lengths",
 ]

@@ -6,16 +6,17 @@ Lengths come from the caller: as an argument, or with the step's context (`set_f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from fastvideo.compilation import plain
 from fastvideo.distributed.collectives import all_gather, sum_gradient
 from fastvideo.distributed.mesh import SequenceGroup, current_sequence_group
-from fastvideo.forward_context import check_shard_lengths, thread_state
+from fastvideo.forward_context import check_shard_lengths, restored, thread_state
 
-__all__ = ["gather_sequence", "key_padding_shard", "resolve_lengths", "shard_sequence", "split_lengths"]
+__all__ = ["gather_sequence", "key_padding_shard", "resolve_lengths", "shard_sequence", "shards_of", "split_lengths"]
 
 
 def split_lengths(length: int, num_shards: int) -> tuple[int, ...]:
@@ -59,6 +60,29 @@ def resolve_lengths(
             "of this step with set_forward_context(..., shard_lengths=), or hand them to the layer"
         )
     return lengths
+
+
+@contextlib.contextmanager
+def shards_of(num_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Share a sequence of `num_tokens` tokens inside, in lengths that differ by one at most where none are given.
+
+    A model that is handed the whole input on every rank, and cuts it itself, calls its layers inside.
+
+    Raises:
+        ValueError: The step's `shard_lengths` don't add up to `num_tokens`.
+
+    Example:
+        >>> with shards_of(7) as lengths:
+        ...     lengths
+        (7,)
+    """
+    group = current_sequence_group()
+    if thread_state.shard_lengths is None:
+        lengths = split_lengths(plain(num_tokens), group.size)
+    else:
+        lengths = _whole_lengths(num_tokens, group, None)
+    with restored(shard_lengths=lengths):
+        yield lengths
 
 
 def shard_sequence(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
-from fastvideo.distributed import gather_sequence, shard_sequence
+from fastvideo.distributed import gather_sequence, shard_sequence, shards_of
 from fastvideo.forward_context import checkpoint
 from fastvideo.models.wan.blocks import WanTransformerBlock, WideLayerNorm, modulate, widen
 from fastvideo.models.wan.checkpoint import cast_weights, read_config, read_weights, write_folder
@@ -105,11 +105,22 @@ class WanTransformer3DModel(nn.Module):
             TypeError: A dtype doesn't fit the weights.
             NotImplementedError: `timestep` is `[B, S]`, one noise level per token.
         """
-        config = self.config
         self._check_dtypes(hidden_states, encoder_hidden_states, encoder_attention_mask)
         self._check_shapes(hidden_states, timestep, encoder_hidden_states, encoder_attention_mask)
         grid_tyx = self._grid_tyx(tuple(hidden_states.shape[2:]))
+        with shards_of(math.prod(grid_tyx)):
+            return self._denoise(hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, grid_tyx)
 
+    def _denoise(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+        grid_tyx: tuple[int, int, int],
+    ) -> Tensor:
+        """Compute this rank's tokens and return the whole output."""
+        config = self.config
         # Sharded before any weight is used, so that every parameter's gradient is this rank's share of the sum.
         patches = shard_sequence(patchify(hidden_states, config.patch_size), 1)
         weight = self.patch_embedding.weight
