@@ -125,9 +125,25 @@ def test_slower_links_and_hidden_exchange() -> None:
     assert slow["ulysses", 1] > usual["ulysses", 1], "16 ranks are two nodes"
     one_node = times(links=LinkModel(ranks_per_node=16))
     assert all(one_node[name] <= usual[name] for name in usual)
-    piped = times(head_groups=3)
-    assert piped["ulysses", 1] < usual["ulysses", 1]
-    assert piped["ring", 16] == usual["ring", 16]
+
+
+def test_pieces_of_heads_travel_while_others_are_computed() -> None:
+    def costs(**changes):
+        return {layout.name: layout.forward for layout in plan(48, None, 75_600, 2, **changes).layouts}
+
+    whole, pieces = costs(head_groups=1), costs(head_groups=4)
+    for name in ("ulysses", "gather"):
+        assert pieces[name].exposed == pytest.approx(pieces[name].communication / 4)
+        assert pieces[name].time < whole[name].time
+        assert pieces[name].num_bytes == whole[name].num_bytes
+    assert pieces["ring"] == whole["ring"]
+    uneven = plan(40, None, 75_600, 16)
+    assert uneven == plan(40, None, 75_600, 16, head_groups=4)
+    (ulysses,) = [layout for layout in uneven.layouts if layout.name == "ulysses"]
+    assert ulysses.forward.exposed == ulysses.forward.communication, "40 heads don't divide by 16 ranks times pieces"
+
+
+def test_a_ring_computes_while_keys_travel() -> None:
     ring = {layout.name: layout for layout in plan(40, None, 75_600, 8).layouts}["ring"]
     assert ring.forward.exposed < 0.05 * ring.forward.communication, "keys travel while others are computed with"
 

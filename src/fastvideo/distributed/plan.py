@@ -154,7 +154,7 @@ def plan(
     causal: bool = False,
     sparsity: float | None = None,
     has_gate: bool = False,
-    head_groups: int = 1,
+    head_groups: int = 4,
     needs_grad: bool = False,
     mesh: tuple[int, int] | None = None,
     device: DeviceModel = H200,
@@ -175,7 +175,8 @@ def plan(
         causal: Each query sees only keys up to its own position.
         sparsity: Share of key tiles that a query tile skips, in [0, 1), for sparse attention; `None` means dense.
         has_gate: A gate of sparse attention travels with the query.
-        head_groups: Pieces of each rank's heads, of which one travels while another is computed.
+        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; layers take up to 4 on
+            accelerators, and 1 on a CPU.
         needs_grad: A backward pass follows and counts.
         mesh: Sizes of the mesh's dims ring and ulysses where the caller has one; others are then refused.
         device: How fast a device is.
@@ -188,7 +189,7 @@ def plan(
     Example:
         >>> found = plan(heads=40, kv_heads=None, seq=75600, world_size=8)
         >>> found.best.name, round(found.efficiency(found.best), 2)
-        ('ulysses', 0.95)
+        ('ulysses+ring', 0.95)
         >>> plan(40, None, 75600, 8, sparsity=0.9).best.name
         'ulysses'
     """
@@ -206,16 +207,15 @@ def plan(
         raise ValueError(f"expected a mesh (ring, ulysses) of {world_size} ranks, got {mesh}")
     call = Call(
         heads, kv_heads, seq, key_len, head_size, batch, _dtype(dtype).itemsize,
-        replicated, causal, sparsity or 0.0, has_gate, head_groups,
+        replicated, causal, sparsity is not None, sparsity or 0.0, has_gate, head_groups,
     )  # fmt: skip
-    return _plan(call, world_size, sparsity is not None, needs_grad, mesh, device, links)
+    return _plan(call, world_size, needs_grad, mesh, device, links)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(
     call: Call,
     world_size: int,
-    is_sparse: bool,
     needs_grad: bool,
     mesh: tuple[int, int] | None,
     device: DeviceModel,
@@ -229,7 +229,7 @@ def _plan(
         kv_bytes = call.size(rows_held + call.replicated, 2 * part.kv_heads)
         average = call.heads * call.seq / world_size
         forward, backward = (cost_of(call, ring, ulysses, gathers, b, device, links) for b in (False, True))
-        reasons = tuple(_reasons(call, ring, ulysses, is_sparse, mesh, kv_bytes, world_size, device))
+        reasons = tuple(_reasons(call, ring, ulysses, mesh, kv_bytes, world_size, device))
         padding = part.heads * part.rows / average - 1
         sizes = (part.heads, part.kv_heads, part.rows, padding, kv_bytes)
         layouts.append(PlannedLayout(name, ring, ulysses, reasons, *sizes, forward, backward))
@@ -260,7 +260,6 @@ def _reasons(
     call: Call,
     ring: int,
     ulysses: int,
-    is_sparse: bool,
     mesh: tuple[int, int] | None,
     kv_bytes: float,
     world_size: int,
@@ -272,7 +271,7 @@ def _reasons(
         yield f"causal attention needs as many queries as keys, got {call.seq} and {call.key_len}"
     if call.causal and call.replicated:
         yield "causal attention with replicated tokens leaves open which tokens see which"
-    if is_sparse and ring > 1:
+    if call.is_sparse and ring > 1:
         yield f"sparse attention selects tiles of the whole sequence; use ulysses, a mesh of ring=1 × ulysses={world_size}"
     if kv_bytes > device.memory:
         yield f"keys and values take {_bytes(kv_bytes)} at once, and the device has {_bytes(device.memory)}"

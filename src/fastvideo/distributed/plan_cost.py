@@ -23,12 +23,14 @@ __all__ = ["H200", "HGX", "Call", "Cost", "DeviceModel", "LinkModel", "cost_of"]
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """How fast one device attends. The defaults are an H200's, from this project's measurements with cuDNN's kernels.
+    """How fast one device attends. The defaults are an H200's, from this project's measurements.
 
     Attributes:
         name: What the table calls it.
         flops: Dense attention in 16 bits, forward, in FLOP/s (`4 S_q S_kv D` per head count as its work).
         backward_flops: The same for a backward pass, whose work is 2.5 times the forward's.
+        sparse_flops: Sparse attention in 16 bits, forward, counted on the keys that are kept.
+        sparse_backward_flops: The same for a backward pass.
         wide_flops: Either pass in 32 or 64 bits.
         memory_bandwidth: Bytes per second that a copy reads and writes, for packing, unpacking and merging.
         memory: Bytes; a layout whose keys and values alone don't fit is refused.
@@ -38,10 +40,20 @@ class DeviceModel:
     name: str = "H200"
     flops: float = 600e12
     backward_flops: float = 540e12
+    sparse_flops: float = 550e12
+    sparse_backward_flops: float = 440e12
     wide_flops: float = 40e12
     memory_bandwidth: float = 4.2e12
     memory: float = 141e9
     launch: float = 10e-6
+
+    def rate(self, call: Call, backward: bool) -> float:
+        """Return the FLOP/s of one pass of a call."""
+        if call.element_size > 2:
+            return self.wide_flops
+        if call.is_sparse:
+            return self.sparse_backward_flops if backward else self.sparse_flops
+        return self.backward_flops if backward else self.flops
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,6 @@ class LinkModel:
     contention: float = 0.15
 
 
-H200 = DeviceModel()
-HGX = LinkModel()
-
-
 @dataclass(frozen=True)
 class Call:
     """One attention call over all ranks.
@@ -84,9 +92,11 @@ class Call:
         element_size: Bytes of an element.
         replicated: Tokens that every rank holds.
         causal: Each query sees only keys up to its own position.
-        sparsity: Share of the keys that a query skips.
+        is_sparse: A query selects tiles of keys.
+        sparsity: Share of the keys that it skips.
         has_gate: A gate like the query travels too.
-        head_groups: Pieces of each rank's heads, of which one travels while another is computed.
+        head_groups: Pieces of each rank's heads, of which one travels while another is computed; at most so many as divide its
+            key heads.
     """
 
     heads: int
@@ -98,6 +108,7 @@ class Call:
     element_size: int
     replicated: int = 0
     causal: bool = False
+    is_sparse: bool = False
     sparsity: float = 0.0
     has_gate: bool = False
     head_groups: int = 1
@@ -106,9 +117,17 @@ class Call:
         """Return the forward FLOP of `rows` queries over `keys` keys."""
         return 4.0 * self.batch * rows * keys * heads * self.head_size * (1 - self.sparsity) * (0.5 if self.causal else 1.0)
 
+    def pieces(self, ulysses: int) -> int:
+        """Return into how many pieces each rank's heads are cut: alike, so their number divides."""
+        return max(n for n in range(1, self.head_groups + 1) if n == 1 or self.kv_heads % (n * ulysses) == 0)
+
     def size(self, tokens: float, heads: float) -> float:
         """Return the bytes of `tokens` tokens of `heads` heads."""
         return float(self.batch * tokens * heads * self.head_size * self.element_size)
+
+
+H200 = DeviceModel()
+HGX = LinkModel()
 
 
 @dataclass(frozen=True)
@@ -190,9 +209,8 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
     """
     part = shares_of(call, ring, ulysses)
     more = call.replicated
-    rate = device.wide_flops if call.element_size > 2 else device.backward_flops if backward else device.flops
     work = call.work(part.rows + more, call.key_len + more, part.heads) * (2.5 if backward else 1.0)
-    compute = work / rate + device.launch
+    compute = work / device.rate(call, backward) + device.launch
     swap_time, copies = _swap(call, part, ulysses, device, links)
     share_time, more_trips = _share_keys(call, part, ring, ulysses, gathers, backward, links)
     hidden = 0.0
@@ -200,9 +218,10 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
         compute += _merging(call, part, ring, backward, device)
         # The first of R parts needs no keys of others, and the keys of each other part travel during the one before it.
         hidden = (ring - 1) * min(compute / ring, share_time / (ring - 1))
-    pieces = min(call.head_groups, part.heads) or 1
+    pieces = 1 if ring > 1 and ulysses == 1 and not gathers else call.pieces(ulysses)
     # Of the pieces of heads, all but one travel while another is computed.
-    hidden += min(swap_time * (pieces - 1) / pieces, compute - hidden)
+    travelling = swap_time + (share_time if gathers and not call.causal else 0.0)
+    hidden += min(travelling * (pieces - 1) / pieces, compute - hidden)
     extra_bytes, extra_time = _replicated(call, ring * ulysses, ulysses, backward, links)
     communication = swap_time + share_time + extra_time
     exposed = communication - hidden
@@ -214,7 +233,7 @@ def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: L
     if ulysses == 1:
         return 0.0, 0.0
     num_like_query = 2 if call.has_gate else 1
-    pieces = min(call.head_groups, part.heads) or 1
+    pieces = call.pieces(ulysses)
     seconds = _exchange(part.swapped, _where(ulysses, 1, links))
     seconds += (num_like_query + 3) * pieces * (links.latency + (ulysses - 1) * links.peer_latency)
     travelling = call.size(part.own_rows, (1 + num_like_query) * call.heads) + call.size(part.own_keys, 2 * call.kv_heads)
@@ -229,10 +248,11 @@ def _share_keys(
     if ring == 1:
         return 0.0, 0.0
     where = _where(ring, ulysses, links)
+    pieces = 1 if call.causal else call.pieces(ulysses)
     # Causal queries go to the balanced pieces, outputs come back; in a ring the keys and values go too.
     regrouped = call.size(part.rows, 2 * part.heads) if call.causal else 0.0
     if gathers:
-        latency = 2 * (links.latency + (ring - 1) * links.peer_latency)
+        latency = 2 * pieces * (links.latency + (ring - 1) * links.peer_latency)
         return _exchange(part.shared + regrouped, where) + latency, regrouped
     if call.causal:
         regrouped += call.size(part.keys, 2 * part.kv_heads)
