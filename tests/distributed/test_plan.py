@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastvideo.cli import main
 from fastvideo.distributed.plan import DeviceModel, LinkModel, plan
 from fastvideo.distributed.shards import split_lengths
 from fastvideo.distributed.ulysses import share_heads
@@ -191,3 +194,31 @@ def test_it_prints_and_becomes_json() -> None:
 def test_more_ranks_take_no_longer_inside_a_node() -> None:
     times = [(found := plan(40, None, 75_600, size)).time(found.best) for size in (1, 2, 4, 8)]
     assert all(later < earlier for earlier, later in itertools.pairwise(times))
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "parallel-model.md").read_text()
+
+
+def test_the_page_shows_what_the_command_prints(capsys) -> None:
+    ((command, shown),) = re.findall(r"^```console\n\$ fastvideo (.*?)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_tables_of_the_page_are_those_of_the_model() -> None:
+    calls = [{"seq": 75_600}, {"seq": 604_800}, {"seq": 75_600, "sparsity": 0.9, "has_gate": True}]
+    sizes = [2**power for power in range(11)]
+    expected = [model_row(size, **call) for call in calls for size in sizes]
+    assert re.findall(r"^\| \d+ \|.*$", PAGE, re.MULTILINE) == expected
+
+
+def model_row(size: int, **call) -> str:
+    found = plan(40, None, world_size=size, needs_grad=True, **call)
+    best, time = found.best, found.time(found.best)
+    moved = (best.forward.num_bytes + best.backward.num_bytes) / 1e6
+    exposed = (best.forward.exposed + best.backward.exposed) / time
+    cells = (
+        size, best.name, f"{best.ring} × {best.ulysses}", f"{best.padding:.0%}",
+        f"{moved:,.0f}", f"{exposed:.0%}", f"{time * 1e3:,.1f}", f"{found.efficiency(best):.0%}",
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
