@@ -12,7 +12,7 @@ from fastvideo import __version__
 __all__ = ["main"]
 
 _VERBS = {
-    "generate": ("fastvideo.cli.generate", "make a video from a prompt with the bundled model"),
+    "generate": ("fastvideo.cli.generate", "make a video from a prompt, with the bundled model or a diffusers pipeline"),
     "explain": ("fastvideo.cli.explain", "say which attention backend would run a call, and why the others wouldn't"),
     "bench": ("fastvideo.cli.bench", "measure time, memory and error of attention on named shapes"),
     "plan": ("fastvideo.cli.plan", "list the ways to share one attention over several ranks, and what each costs"),

@@ -28,18 +28,29 @@ DEFAULT_PROMPT = "red heart moving left, green tree moving up on a navy backgrou
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"by default: {DEFAULT_PROMPT!r}")
+    parser.add_argument("--prompt", help=f"by default, for the bundled model: {DEFAULT_PROMPT!r}")
     parser.add_argument("--out", type=Path, default=Path("sample.mp4"), help="the video; its contact sheet lies beside it")
-    parser.add_argument("--model", type=Path, help="folder of a trained model, by default the bundled one")
+    parser.add_argument("--model", type=Path, help="folder of a diffusers pipeline, or of a trained model like the bundled one")
     parser.add_argument("--backend", help="attention backend, by name; it runs or the command fails and says why")
     parser.add_argument("--sparsity", type=float, help="share of key tiles to skip, in [0, 1); by default the model's own")
     parser.add_argument("--steps", type=int, help="denoising steps; by default the model's own")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 turns it off; by default the model's own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compare", action="store_true", help="render at sparsity 0 too, side by side, and print times")
+    parser.add_argument("--compare", action="store_true", help="render with dense attention too, side by side, and print times")
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
-    parser.add_argument("--scale", type=int, default=4, help="how many pixels wide each pixel of the model is drawn")
-    parser.add_argument("--words", action="store_true", help="list the words of prompts and stop")
+    bundled = parser.add_argument_group("bundled model")
+    bundled.add_argument("--scale", type=int, help="how many pixels wide each pixel of the model is drawn, by default 4")
+    bundled.add_argument("--words", action="store_true", help="list the words of prompts and stop")
+    pipelines = parser.add_argument_group("diffusers pipelines; what isn't given is the pipeline's own default")
+    pipelines.add_argument("--negative-prompt")
+    pipelines.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the video, in pixels")
+    pipelines.add_argument("--frames", type=int, help="of the video")
+    pipelines.add_argument("--fps", type=int, help="frames per second of the file, by default 16")
+    pipelines.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default bfloat16 on a GPU")
+    pipelines.add_argument("--policy", help="which attention runs where and when: a backend's name, JSON, or a file *.json")
+    pipelines.add_argument(
+        "--timesteps", type=float, nargs="+", help="of a model distilled to a few steps: 1000 757 522 for FastWan"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +58,18 @@ def run(args: argparse.Namespace) -> int:
     if args.words:
         print(describe_vocabulary())
         return 0
+    if args.model is not None and not args.model.is_dir():
+        raise FileNotFoundError(f"{args.model} is missing: give the folder of a diffusers pipeline, or of a trained model")
+    if args.model is not None and _is_pipeline(args.model):
+        from fastvideo.cli.pipeline import generate_with_pipeline
+
+        _check(args)
+        if args.scale is not None:
+            raise ValueError("--scale is for the bundled model; give a pipeline --size WIDTHxHEIGHT")
+        with _ranks(args.device) as (rank, device):
+            generate_with_pipeline(args, rank, device)
+        return 0
+    _fill_in(args)
     _check(args)
     with _ranks(args.device) as (rank, device):
         model = SpriteVideoModel.load(args.model or bundled_model(), device=device)
@@ -61,17 +84,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _is_pipeline(folder: Path) -> bool:
+    """Whether a folder is meant as a diffusers pipeline, whole or not."""
+    return any((folder / name).exists() for name in ("model_index.json", "transformer", "vae", "scheduler"))
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    """Fill in the bundled model's defaults.
+
+    Raises:
+        ValueError: An option is for pipelines only, or the prompt is outside the grammar.
+    """
+    for name in ("negative_prompt", "size", "frames", "fps", "dtype", "policy", "timesteps"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for diffusers pipelines, and "
+                f"{args.model or 'the bundled model'} isn't one (no model_index.json)"
+            )
+    args.prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    args.scale = 4 if args.scale is None else args.scale
+    parse_prompt(args.prompt)
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the video is made.
 
     Raises:
-        ValueError: An option is out of range, or the prompt is outside the grammar.
+        ValueError: An option is out of range.
         OSError: The folder of the output can't be written.
     """
-    parse_prompt(args.prompt)
     if args.out.suffix != ".mp4":
         raise ValueError(f"expected --out to end in .mp4 (its contact sheet ends in .png), got {args.out}")
-    if args.scale < 1:
+    if args.fps is not None and args.fps < 1:
+        raise ValueError(f"expected --fps of at least 1, got {args.fps}")
+    if args.scale is not None and args.scale < 1:
         raise ValueError(f"expected --scale of at least 1, got {args.scale}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"expected --seed in [0, 2^63), got {args.seed}")

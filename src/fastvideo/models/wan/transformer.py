@@ -217,6 +217,7 @@ class WanTransformer3DModel(nn.Module):
 
         Raises:
             FileNotFoundError: The folder lacks its configuration or weights.
+            ValueError: A file is broken, or gates would be dropped.
             RuntimeError: Weights are missing, unknown or of another shape than the configuration says.
         """
         values = read_config(Path(directory))
@@ -224,6 +225,11 @@ class WanTransformer3DModel(nn.Module):
         if attention is not None:
             values["attention"] = attention
         config = WanConfig.from_dict(values)
+        if stored_gate and not config.has_gate:
+            raise ValueError(
+                f"{directory} holds the gates of Video Sparse Attention, which a dense model has no place for; load it with "
+                'attention="vsa".'
+            )
         with torch.device("meta"):
             model = cls(config)
         weights = read_weights(Path(directory), device)

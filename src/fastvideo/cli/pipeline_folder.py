@@ -1,0 +1,155 @@
+"""Folders of diffusers pipelines: what they hold, what they lack, and the pipeline loaded from one, with no weight lost.
+
+A folder is checked before anything is loaded, by file names and headers alone, and everything that is wrong is said at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvideo.models.wan import WanTransformer3DModel
+from fastvideo.models.wan.checkpoint import gate_names, indexed_files, read_header, read_json
+from fastvideo.models.wan.pipeline import WanInPipeline
+
+__all__ = ["MODEL_INDEX", "PipelineFolder", "load_pipeline", "read_pipeline_folder"]
+
+MODEL_INDEX = "model_index.json"
+_INSTALL = "pip install 'fastvideo-attention[pipelines]'"
+_TOKENIZER = re.compile(r"Tokenizer")
+_WITHOUT_WEIGHTS = re.compile(r"Scheduler$|Tokenizer|Processor$|Extractor$")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer.model")
+# Pipelines of other packages whose folders are laid out as one of diffusers'.
+_LAID_OUT_AS = {"WanDMDPipeline": "WanPipeline"}
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A folder that holds a whole pipeline.
+
+    Attributes:
+        path: The folder.
+        class_name: The pipeline's class in diffusers.
+        gated: Names of transformers whose checkpoints have gates of Video Sparse Attention.
+        weights: Names of the weights in each component's files.
+    """
+
+    path: Path
+    class_name: str
+    gated: tuple[str, ...]
+    weights: dict[str, frozenset[str]]
+
+
+def read_pipeline_folder(path: Path) -> PipelineFolder:
+    """Check a folder.
+
+    Raises:
+        FileNotFoundError: The folder or something in it is missing; the message lists everything.
+        ValueError: Files are broken, or the index isn't one of a pipeline.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder; give the folder of a diffusers pipeline, with {MODEL_INDEX} in it")
+    if not (path / MODEL_INDEX).is_file():
+        raise FileNotFoundError(f"{path / MODEL_INDEX} is missing; give the folder of a whole diffusers pipeline")
+    index = read_json(path / MODEL_INDEX)
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise ValueError(f"{path / MODEL_INDEX} has no _class_name; copy it again")
+    components = {
+        name: place[1]
+        for name, place in index.items()
+        if isinstance(place, list) and len(place) == 2 and isinstance(place[1], str)
+    }
+    weights: dict[str, frozenset[str]] = {}
+    missing, broken = [], []
+    for name, component in components.items():
+        try:
+            weights[name] = _check_component(path / name, component)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+        except ValueError as error:
+            broken.append(str(error))
+    if missing or broken:
+        listed = "\n".join(f"  - {problem}" for problem in [*missing, *broken])
+        kind = FileNotFoundError if missing else ValueError
+        raise kind(f"{path} is no whole {class_name}:\n{listed}")
+    gated = tuple(name for name, names in weights.items() if gate_names(names))
+    return PipelineFolder(path, _LAID_OUT_AS.get(class_name, class_name), gated, weights)
+
+
+def _check_component(folder: Path, class_name: str) -> frozenset[str]:
+    """Return the names of a component's weights; none for one without."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder.name}/ ({class_name}) is missing")
+    if _TOKENIZER.search(class_name) and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"{folder.name}/ ({class_name}) holds none of {', '.join(_TOKENIZER_FILES)}")
+    if _WITHOUT_WEIGHTS.search(class_name):
+        return frozenset()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder.name}/config.json is missing")
+    read_json(folder / "config.json")
+    files = {path for index in folder.glob("*.safetensors.index.json") for path in indexed_files(index)}
+    files |= set(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder.name}/ ({class_name}) holds no safetensors file")
+    return frozenset(name for path in sorted(files) for name in read_header(path))
+
+
+def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dtype, sparsity: float = 0.0) -> Any:
+    """Load a pipeline. Transformers with gates become ours; every weight of the others must find its place.
+
+    Args:
+        folder: What is loaded.
+        device: Where to.
+        dtype: Of all weights but the VAE's, which decodes in float32.
+        sparsity: Of transformers with gates.
+
+    Raises:
+        ImportError: diffusers or transformers is missing.
+        NotImplementedError: diffusers has no such pipeline, or gates stand in a transformer that isn't Wan's.
+        ValueError: Weights would be dropped, or made up.
+    """
+    try:
+        import accelerate  # noqa: F401  # diffusers' own message doesn't say what to install
+        import diffusers
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"running diffusers pipelines needs diffusers, transformers and accelerate: {_INSTALL}") from error
+    pipeline_cls = getattr(diffusers, folder.class_name, None)
+    if pipeline_cls is None or not hasattr(pipeline_cls, "from_pretrained"):
+        raise NotImplementedError(
+            f"diffusers {diffusers.__version__} has no pipeline {folder.class_name}, which {folder.path} is"
+        )
+    if folder.gated and folder.class_name != "WanPipeline":
+        raise NotImplementedError(
+            f"{folder.path} has gates of Video Sparse Attention in {', '.join(folder.gated)}, which only WanPipeline's "
+            f"transformers have here, not {folder.class_name}'s"
+        )
+    # An optional component that is None isn't loaded.
+    instead = dict.fromkeys(folder.gated)
+    pipe = pipeline_cls.from_pretrained(
+        str(folder.path), dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **instead
+    )
+    for name in folder.gated:
+        model = WanTransformer3DModel.load(folder.path / name, dtype=dtype)
+        pipe.register_modules(**{name: WanInPipeline(model, sparsity)})
+    for name, component in pipe.components.items():
+        if name.startswith("transformer") and name not in folder.gated and component is not None:
+            _check_all_used(folder.path / name, component, folder.weights[name])
+    return pipe.to(device)
+
+
+def _check_all_used(folder: Path, model: torch.nn.Module, stored: frozenset[str]) -> None:
+    """Raise where diffusers dropped weights or made some up, which it only logs."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    known = set(model.state_dict())
+    dropped = sorted(name for name in stored - known if not any(re.search(pattern, name) for pattern in ignored))
+    made_up = sorted(known - stored)
+    for names, what in ((dropped, "would be dropped: its class has no place for them"), (made_up, "are missing")):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(f"{folder}: weights of {type(model).__name__} {what}: {shown}")
