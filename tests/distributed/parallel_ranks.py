@@ -78,7 +78,8 @@ class Problem:
         if not kind:
             return None
         if kind == "lengths":
-            return torch.arange(columns) < torch.tensor([[columns], [0]]) if keys else torch.ones(BATCH, columns).bool()
+            real = torch.tensor([[columns], [0 if keys else columns]])
+            return (torch.arange(columns) < real).to(self.device)
         if kind == "key padding":
             mask = self.draw(BATCH, columns) > -0.3
             mask[1, : columns // 2] = False

@@ -246,6 +246,8 @@ def _share_keys(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         more = (more_kv[0], more_kv[1])
         query = query if rows_too is None else torch.cat([query, rows_too], dim=1)
     kernels = BackendParts(chosen.parts, chosen.whole if call.is_causal else None, call.scale)
+    if torch.compiler.is_compiling():
+        kernels.check_compilable(call.needs_grad, mask is not None)
     if layout.gathers:
         key, value = (exchange(x, gather_route(x.shape, 1, call.kv_lengths), ring) for x in (key, value))
         steps, source = causal_steps(ring.rank, ring.size, sum(call.lengths)), LOCAL

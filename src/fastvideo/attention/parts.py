@@ -2,8 +2,8 @@
 
 Ring attention computes with the keys of one rank at a time and merges by log-sum-exp. With the merged output and
 log-sum-exp, a kernel's own backward pass gives each part's exact share of the gradients (2310.01889), at no more work than the
-backward pass on one device. `TORCH_SDPA` is called so. Another backend's forward pass is run again under autograd, which
-needs a differentiable log-sum-exp and costs that forward pass.
+backward pass on one device. The kernels of `TORCH_SDPA` and FlashAttention-4 are called so. Another backend's forward pass is
+run again under autograd, which needs a differentiable log-sum-exp, costs that forward pass, and can't be compiled.
 
 Shape legend: B batch, S tokens, H heads, D head size.
 """
@@ -16,6 +16,7 @@ import torch
 
 from fastvideo.attention.backends import torch_sdpa
 from fastvideo.attention.backends.dense import with_positive_scale
+from fastvideo.attention.backends.flash_attn.kernels import NOT_PACKED
 from fastvideo.attention.dispatch import Selected
 
 __all__ = ["BackendParts"]
@@ -60,9 +61,37 @@ class BackendParts:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the gradients of query, key, value and mask; `output` and the finite `lse` are those over all keys."""
         arguments = (grad_output, query, key, value, output, lse, mask, is_causal)
-        if (self._causal if is_causal else self._selected).name == "TORCH_SDPA":
-            return _sdpa_gradients(*arguments, mask_needs_grad, self._scale)
-        return self._gradients_by_autograd(*arguments, mask_needs_grad)
+        if not self._has_kernel(is_causal, mask is not None):
+            return self._gradients_by_autograd(*arguments, mask_needs_grad)
+        positive, factor = with_positive_scale(query, self._scale)
+        arguments = (grad_output, positive, key, value, output, lse, mask, is_causal)
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+        if self._name(is_causal) == "FLASH_ATTN":
+            grads = _flash_gradients(grad_output, positive, key, value, output, lse, is_causal, factor)
+        else:
+            grads = _sdpa_gradients(*arguments, mask_needs_grad, factor)
+        sign = 0 if self._scale == 0 else -1
+        return grads if self._scale > 0 else (grads[0] * sign, *grads[1:])
+
+    def check_compilable(self, needs_grad: bool, has_mask: bool) -> None:
+        """Refuse what `torch.compile` can't trace.
+
+        Raises:
+            NotImplementedError: A gradient is needed, and no kernel gives it.
+        """
+        if needs_grad and not (self._has_kernel(True, has_mask) and self._has_kernel(False, has_mask)):
+            raise NotImplementedError(
+                f"the gradient of backend {self._selected.name} over parts of the keys can't be compiled"
+                f"{' with a mask' if has_mask else ''}; use backend='TORCH_SDPA', layout='gather' or 'ulysses'"
+            )
+
+    def _name(self, is_causal: bool) -> str:
+        return (self._causal if is_causal else self._selected).name
+
+    def _has_kernel(self, is_causal: bool, has_mask: bool) -> bool:
+        """Return whether a kernel gives the gradients; FlashAttention-4 is what runs where they need a log-sum-exp."""
+        name = self._name(is_causal)
+        return name == "TORCH_SDPA" or (name == "FLASH_ATTN" and not has_mask)
 
     def _gradients_by_autograd(
         self,
@@ -91,6 +120,24 @@ class BackendParts:
         return grads[0], grads[1], grads[2], grads[3] if mask_needs_grad else None
 
 
+def _flash_gradients(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    """Call the backward pass of FlashAttention-4 on `[B, S, H, D]` tensors."""
+    tensors = (x.contiguous() for x in (query, key, value, output, lse.transpose(1, 2)))
+    of_query, of_key, of_value = torch.ops.fastvideo.flash_attention_backward(
+        grad_output.contiguous(), None, *tensors, *NOT_PACKED, scale, is_causal
+    )
+    return of_query, of_key, of_value, None
+
+
 def _sdpa_gradients(
     grad_output: torch.Tensor,
     query: torch.Tensor,
@@ -104,19 +151,16 @@ def _sdpa_gradients(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Call the backward pass of PyTorch's kernels on `[B, S, H, D]` tensors."""
-    positive, factor = with_positive_scale(query, scale)
-    sign = 0.0 if scale == 0 else -1.0 if scale < 0 else 1.0
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad_output, positive, key, value, output))
+    grad, q, k, v, out = (x.contiguous().transpose(1, 2) for x in (grad_output, query, key, value, output))
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     k, v = torch_sdpa._repeat_heads(k, num_heads), torch_sdpa._repeat_heads(v, num_heads)
-    lse = lse.transpose(1, 2)
     if mask is not None:
         mask = mask[:, None, None, :] if mask.dim() == 2 else mask
         if is_causal:
             allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)
             is_causal = False
-    arguments = (grad, q, k, v, out, lse, mask, is_causal, factor)
+    arguments = (grad, q, k, v, out, lse.transpose(1, 2), mask, is_causal, scale)
     if mask_needs_grad and mask is not None:
         grads, grad_mask = _written_out(*arguments)
     else:
@@ -124,7 +168,6 @@ def _sdpa_gradients(
     of_query, of_key, of_value = grads
     if num_kv_heads != num_heads:
         of_key, of_value = (torch.unflatten(x, 1, (num_kv_heads, -1)).sum(2) for x in (of_key, of_value))
-    of_query = of_query if sign == 1 else of_query * sign
     return of_query.transpose(1, 2), of_key.transpose(1, 2), of_value.transpose(1, 2), grad_mask
 
 
@@ -143,7 +186,7 @@ def _by_kernel(
     if q.device.type == "cuda" and q.dtype != torch.float64:
         head_size = q.shape[-1]
         is_cudnn = torch_sdpa._takes_cudnn(q, k, mask, 0.0)
-        grad, q, k, v, out = (torch_sdpa._pad_head(x).contiguous() for x in (grad, q, k, v, out))
+        grad, q, k, v, out = (torch_sdpa._pad_head(x) for x in (grad, q, k, v, out))
         if is_cudnn:
             grads = _by_cudnn(grad, q, k, v, out, lse, is_causal, scale)
         else:
@@ -151,7 +194,6 @@ def _by_kernel(
         return grads[0][..., :head_size], grads[1][..., :head_size], grads[2][..., :head_size]
     if q.device.type == "cpu":
         bias = torch_sdpa._as_bias(mask, q.dtype)
-        grad, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
         of_query, of_key, of_value = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale
         )

@@ -80,6 +80,12 @@ class SharedCall:
         return from_float8(x, self.query.dtype) if self.sends_float8 else x
 
     @property
+    def needs_grad(self) -> bool:
+        """Whether a backward pass may follow."""
+        tensors = (self.query, self.key, self.value, self.gate, self.mask, *(self.replicated or ()))
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+    @property
     def num_rows(self) -> int:
         """Replicated queries."""
         return 0 if self.replicated is None or self.replicated[0] is None else self.replicated[0].shape[1]
@@ -169,7 +175,6 @@ def heads_at_backend(call: SharedCall, layout: Layout) -> tuple[int, int]:
 def as_planned(call: SharedCall, head_groups: int | None) -> dict[str, Any]:
     """Return the call as `fastvideo.distributed.plan.plan` takes it."""
     batch, _, num_heads, head_size = call.query.shape
-    tensors = (call.query, call.key, call.value, call.gate, call.mask, *(call.replicated or ()))
     return {
         "heads": num_heads,
         "kv_heads": call.key.shape[2],
@@ -182,7 +187,7 @@ def as_planned(call: SharedCall, head_groups: int | None) -> dict[str, Any]:
         "causal": call.is_causal,
         "has_gate": call.gate is not None,
         "head_groups": head_groups or (1 if call.query.device.type == "cpu" else 4),
-        "needs_grad": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+        "needs_grad": call.needs_grad,
     }
 
 
