@@ -8,11 +8,20 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from fastvideo.block_sparse import num_kept_tiles, selection, video_geometry, video_sparse, video_sparse_attention
+from fastvideo.block_sparse import (
+    fine_stage,
+    keep_tile_lists,
+    num_kept_tiles,
+    selection,
+    video_geometry,
+    video_sparse,
+    video_sparse_attention,
+)
 from fastvideo.block_sparse.video_sparse_reference import reference_tile_of_token, video_sparse_attention_reference
 from fastvideo.testing import assert_op_within_budget
-from fastvideo.video import TileGrid
+from fastvideo.video import TileGrid, pooling
 
 # Grid, tile, batch, query heads, key heads, head size, replicated tokens, sparsity.
 CASES = {
@@ -302,3 +311,140 @@ def test_bad_input(changes, error, text) -> None:
     inputs = make_inputs("uniform", torch.float32, gate=False)
     with pytest.raises(error, match=text):
         video_sparse_attention(**{**inputs, **settings_of("uniform"), **changes})
+
+
+def test_means_at_hand() -> None:
+    case = "primes_text"
+    inputs = make_inputs(case, torch.float64)
+    grid_tyx, tile_tyx, *_, num_replicated, _ = CASES[case]
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+
+    def attend(pooled=None):
+        return video_sparse_attention(**leaves, pooled=pooled, **settings_of(case))
+
+    pooled = tuple(
+        video_sparse.pool_tiles(leaves[name], grid_tyx, tile_tyx=tile_tyx, num_replicated=num_replicated)
+        for name in ("query", "key", "value")
+    )
+    expected = torch.autograd.grad(attend().sin().sum(), list(leaves.values()))
+    for a, b in zip(torch.autograd.grad(attend(pooled).sin().sum(), list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    # They are used, not computed again.
+    other = tuple(x.flip(1) for x in pooled)
+    assert not torch.allclose(attend(other), attend())
+    without = {name: x.detach() for name, x in leaves.items() if name != "gate"}
+    torch.testing.assert_close(
+        video_sparse_attention(**without, pooled=pooled[:2], **settings_of(case)),
+        video_sparse_attention(**without, **settings_of(case)),
+    )
+    with pytest.raises(ValueError, match="means of query, key and value, got 2"):
+        attend(pooled[:2])
+    with pytest.raises(ValueError, match=r"means of shape \(2, 18, 2, 6\) in torch.float64.*got \(2, 17, 2, 6\)"):
+        attend((pooled[0][:, 1:], *pooled[1:]))
+    with pytest.raises(ValueError, match=r"in torch.float32 on cpu"):
+        attend(tuple(x.float() for x in pooled))
+
+
+def test_text_handed_over_by_itself() -> None:
+    case = "primes_text"
+    inputs, settings = make_inputs(case, torch.float32), settings_of(case)
+    num_replicated = settings.pop("num_replicated")
+    gate = inputs.pop("gate")
+    expected = video_sparse_attention(**inputs, gate=gate, num_replicated=num_replicated, **settings)
+    num_video = math.prod(settings["grid_tyx"])
+    video = [x[:, :num_video] for x in inputs.values()]
+    text = tuple(x[:, num_video:] for x in inputs.values())
+    assert torch.equal(video_sparse_attention(*video, gate=gate, replicated=text, **settings), expected)
+    with pytest.raises(ValueError, match="either replicated or num_replicated"):
+        video_sparse_attention(*video, replicated=text, num_replicated=3, **settings)
+    with pytest.raises(ValueError, match=r"of one length, got \[13, 12, 13\]"):
+        video_sparse_attention(*video, replicated=(text[0], text[1][:, 1:], text[2]), **settings)
+    with pytest.raises(ValueError, match="query, key and value of the text"):
+        video_sparse_attention(*video, replicated=text[:2], **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["uniform_text", "primes", "paper_tile"])
+def test_delta_is_that_of_the_fine_output(case, dtype) -> None:
+    """`reference` reads the output in its backward, and gates of size 5 make the gated one another."""
+    inputs = make_inputs(case, dtype)
+    inputs["gate"] = 5 * inputs["gate"]
+    bound = {**settings_of(case), "indices": kept_tiles(case, inputs)}
+    assert_op_within_budget(
+        partial(video_sparse_attention, impl="reference", **settings_of(case)),
+        partial(video_sparse_attention_reference, **bound),
+        inputs,
+    )
+
+
+def test_ops() -> None:
+    case = "primes_text"
+    grid_tyx, tile_tyx, *_, num_replicated, _ = CASES[case]
+    inputs = make_inputs(case, torch.float32)
+    query, key, value, gate = inputs.values()
+    coarse = torch.randn(2, 18, 2, 6)
+    indices = kept_tiles(case, inputs)
+    where = (grid_tyx, tile_tyx, num_replicated, 0.3, "portable")
+    leaves = [x.requires_grad_() for x in (query, key, value, coarse, gate)]
+    torch.library.opcheck(fine_stage._forward_op, (*leaves, indices, *where))
+    torch.library.opcheck(fine_stage._forward_op, (*leaves[:3], None, None, indices, *where))
+    plain = [x.detach() for x in leaves]
+    out, lse = fine_stage._forward_op(*plain, indices, *where)
+    torch.library.opcheck(fine_stage._backward_op, (out.sin(), *plain, indices, out, lse, *where))
+    torch.library.opcheck(fine_stage._add_gated_op, (out, coarse.detach(), gate.detach(), grid_tyx, tile_tyx))
+    torch.library.opcheck(selection._select_op, (torch.randn(2, 9, 4, 6), torch.randn(2, 9, 2, 6), 3))
+    video = query.detach()[:, : math.prod(grid_tyx)].requires_grad_()
+    torch.library.opcheck(pooling._tile_sum_op, (video, grid_tyx, tile_tyx))
+    torch.library.opcheck(pooling._tile_expand_op, (coarse.detach(), grid_tyx, tile_tyx, torch.bfloat16))
+
+
+def test_checkpointing_chooses_tiles_once(monkeypatch) -> None:
+    case = "primes_text"
+    leaves = {name: x.requires_grad_() for name, x in make_inputs(case, torch.float32).items()}
+
+    def attend(*tensors):
+        return video_sparse_attention(**dict(zip(leaves, tensors, strict=True)), **settings_of(case))
+
+    num_selections = 0
+    original = selection.top_k_ascending
+
+    def counting(scores, k):
+        nonlocal num_selections
+        num_selections += 1
+        return original(scores, k)
+
+    def count_selections(context_fn):
+        nonlocal num_selections
+        num_selections = 0
+        out = checkpoint(attend, *leaves.values(), use_reentrant=False, context_fn=context_fn)
+        return torch.autograd.grad(out.sin().sum(), list(leaves.values())), num_selections
+
+    expected = torch.autograd.grad(attend(*leaves.values()).sin().sum(), list(leaves.values()))
+    monkeypatch.setattr(selection, "top_k_ascending", counting)
+    kept, num_kept = count_selections(keep_tile_lists)
+    plain, num_plain = count_selections(noop_context_fn)
+    assert (num_kept, num_plain) == (1, 2)
+    for one, other, third in zip(kept, plain, expected, strict=True):
+        assert torch.equal(one, third)
+        assert torch.equal(other, third)
+
+
+def test_scores_stay_in_their_scratch(monkeypatch) -> None:
+    """More than 4,096 tiles, a bound far below one head's scores, and the same lists."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 4200, 2, 4).unbind(0)
+    bound, largest = 4200 * 20 * 100, 0
+    original = selection.top_k_ascending
+
+    def watched(scores, k):
+        nonlocal largest
+        largest = max(largest, scores.numel())
+        return original(scores, k)
+
+    monkeypatch.setattr(selection, "top_k_ascending", watched)
+    monkeypatch.setattr(selection, "_SCRATCH_BYTES", bound)
+    lists = selection.select_tiles(query, key, 2)
+    assert 0 < largest * 20 <= bound
+    for head in range(2):
+        scores = query[0, ::400, head] @ key[0, :, head].T
+        assert torch.equal(lists[0, head, ::400], scores.topk(2).indices.sort(-1).values.int())
