@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Test on a CUDA device, then measure: everything that docs/kernels.md and the README show of GPUs.
+#
+#   scripts/measure_gpu.sh [FOLDER]            all of it, results in FOLDER (benchmarks/results)
+#   PARTS="test layers" scripts/measure_gpu.sh    only some parts: test, layers, fine, sweep, million
+#
+# Each shape is a process of its own with a time limit, so that one failure costs nothing but its own rows.
+set -u
+folder=${1:-benchmarks/results}
+parts=${PARTS:-test layers fine sweep million}
+python=${PYTHON:-python}
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$folder"
+status=0
+
+bench() { # NAME SECONDS ARGUMENT...
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name: fastvideo bench $*"
+    timeout -s KILL "$limit" "$python" -m fastvideo bench "$@" --device cuda --json "$folder/$name.json" 2> "$folder/$name.log"
+    local code=$?
+    if [ $code -gt 1 ]; then
+        echo "== $name ended with status $code"
+        tail -n 5 "$folder/$name.log"
+        status=1
+    fi
+}
+
+for part in $parts; do
+    case $part in
+        test)
+            timeout -s KILL 400 "$python" -m pytest -q tests/gpu/test_video_sparse.py tests/gpu/test_block_sparse_triton.py \
+                tests/block_sparse/test_traps.py 2>&1 | tail -n 25 || status=1
+            ;;
+        layers)
+            bench wan2.1-1.3b-480p 150 wan2.1-1.3b-480p --impls hopper triton cudnn --inputs random video-like skewed
+            bench wan2.1-1.3b-480p-auto 90 wan2.1-1.3b-480p --impls hopper triton --tiles auto auto128
+            bench wan2.1-14b-720p 240 wan2.1-14b-720p --impls hopper triton cudnn --inputs random video-like --rounds 2
+            bench wan2.1-14b-720p-auto 150 wan2.1-14b-720p --backends VIDEO_SPARSE_ATTN --impls hopper triton --tiles auto auto128 --rounds 2
+            bench hunyuan-720p 200 hunyuan-720p --impls hopper triton --rounds 2
+            bench sliding-and-8-bit 90 wan2.1-1.3b-480p --backends TORCH_SDPA SAGE_ATTN SLIDING_TILE_ATTN --passes forward
+            ;;
+        fine)
+            bench fine-49k-tile64 150 fine-49k-tile64 --backends VIDEO_SPARSE_ATTN --impls hopper triton cudnn flex --inputs random video-like
+            bench fine-92k-tile64 150 fine-92k-tile64 --backends VIDEO_SPARSE_ATTN --impls hopper triton cudnn --inputs random video-like --rounds 2
+            bench fine-49k-tile128 150 fine-49k-tile128 --backends VIDEO_SPARSE_ATTN --impls hopper triton flash flex
+            ;;
+        sweep)
+            bench sparsity-480p 200 wan2.1-1.3b-480p --impls auto --sparsities 0.5 0.7 0.8 0.9 0.95 --no-errors --plot "$folder/sparsity-480p.png"
+            bench sparsity-720p 240 wan2.1-14b-720p --impls auto --sparsities 0.7 0.8 0.9 0.95 --no-errors --rounds 1 \
+                --plot "$folder/sparsity-720p.png"
+            ;;
+        million)
+            bench million-tokens 300 million-tokens --backends VIDEO_SPARSE_ATTN --impls hopper triton --rounds 1
+            ;;
+        *)
+            echo "unknown part $part; there are test, layers, fine, sweep and million"
+            status=2
+            ;;
+    esac
+done
+exit $status
