@@ -23,7 +23,7 @@ SHAPES = {
     "even_120": ([120] * 2, [120] * 3, 1, 1),
     "even_16": ([16] * 6, [16] * 9, 1, 1),
     "uneven_pieces": ([65, 65], [65] * 3, 1, 1),
-    "edges": ([64, 16, 64, 4, 16, 16, 3, 30, 64, 1, 20], [64, 16, 64, 4, 64, 50, 16, 33, 16, 64, 1, 7, 48], 2, 2),
+    "edges": ([64, 16, 64, 4, 16, 16, 3, 30, 64, 1, 20], [64, 16, 64, 4, 64, 50, 16, 33, 16, 64, 1, 7, 48], 2, 1),
     "large_and_small": ([100, 3, 128, 17], [128, 77, 5, 64, 90], 1, 2),
     "one_token": ([1], [1], 1, 1),
 }
@@ -80,9 +80,17 @@ def seen_by_rows(mask: torch.Tensor, box_tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("by_key", [False, True])
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_walks_meet_what_the_pattern_lists(shape: str, ordered: bool, by_key: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "planner"),
+    [
+        *((shape, planner) for shape in SHAPES for planner in ("two_passes", "one_pass")),
+        *((shape, "one_pass_in_chunks") for shape in ("edges", "even_120")),
+    ],
+)
+def test_walks_meet_what_the_pattern_lists(shape: str, by_key: bool, planner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if planner == "one_pass_in_chunks":
+        monkeypatch.setattr(plan, "_ONE_CHUNK", 4)
+    in_one_pass, ordered = planner != "two_passes", planner != "one_pass"
     pattern = make_pattern(shape, ordered=ordered)
     batch, heads = SHAPES[shape][2:]
     layouts = [packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles)]
@@ -90,10 +98,10 @@ def test_walks_meet_what_the_pattern_lists(shape: str, ordered: bool, by_key: bo
     if by_key:
         own, walked = layouts[::-1]
         marks = plan.mark(pattern, 0, batch * heads, batch * heads, by_key=True)
-        walks = plan.plan_marks(marks, own, walked, num_listed, has_pads=False)
+        walks = plan.plan_marks(marks, own, walked, num_listed, has_pads=False, in_one_pass=in_one_pass)
     else:
         own, walked = layouts
-        walks = plan.plan_lists(pattern, own, walked, 0, batch * heads, batch * heads)
+        walks = plan.plan_lists(pattern, own, walked, 0, batch * heads, batch * heads, in_one_pass=in_one_pass)
     expected = pattern.token_mask().flatten(0, 1)
     own_token, token = tokens_of(own), tokens_of(walked)
     for head in range(batch * heads):
@@ -349,8 +357,8 @@ class Attention(torch.autograd.Function):
         ("even_64", False, 2, -0.3),
         ("even_128", False, 1, 0.3),
         ("even_60", True, 1, 0.3),
-        ("edges", True, 2, 0.0),
-        ("edges", True, 1, 0.3),
+        ("edges", True, 1, 0.0),
+        ("large_and_small", True, 2, 0.3),
         ("large_and_small", False, 1, 0.3),
         ("one_token", False, 1, 0.3),
     ],

@@ -19,11 +19,13 @@ import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-# Bytes of spills that a kernel may have outside its loops of products, where they cost a few cycles a block.
-SPILL_BUDGET = {"fwd": 160, "bwd_dq": 64, "bwd_dkdv": 256}
+# Bytes of spills that a kernel may have outside its loops of products, where they cost a few cycles a block; and how many
+# instructions that spill or reload a turn of such a loop may have. Triton 3.6 is what the kernels were tuned with.
+SPILL_BUDGET = {"fwd": 0, "bwd_dq": 0, "bwd_dkdv": 256}
+SPILL_BUDGET_LATER = {"fwd": 160, "bwd_dq": 320, "bwd_dkdv": 288}
+LOOP_SPILLS, LOOP_SPILLS_LATER = 0, 8
 # Shared memory that one program of sm_90 can have.
 SHARED_LIMIT = 232_448
-# Products of a warpgroup, by kernel and head size: QK and PV; QK, dOV and dSK; KQ, VdO, PdO and dSQ.
 INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "order", "lengths")
 LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue")
 
@@ -118,27 +120,46 @@ def loops_of_products(sass: list[tuple[int, str]]) -> list[list[str]]:
     ]
 
 
+def overwritten_operands(loop: list[str]) -> set[int]:
+    """Registers that two products of one turn read as an operand although something writes them between.
+
+    The first product means what was there before the loop, so that from the second turn on it reads something else. ptxas 12.8
+    does this where two operands have one shape (seen: head size 64, score gradients over the output's gradient).
+    """
+    readers: dict[int, int] = {}
+    for op in loop:
+        product = re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", op)
+        for register in range(int(product.group(1)), int(product.group(1)) + 4) if product else ():
+            readers[register] = readers.get(register, 0) + 1
+    written = {int(r) for op in loop for r in re.findall(r"^(?:@!?U?P\d+ )?(?:F2FP\S*|MOV|IMAD\.MOV\.U32) R(\d+),", op)}
+    return {register for register, times in readers.items() if times > 1 and register in written}
+
+
+# By kernel: head size and constants other than those of a launch with tiles of 64 tokens.
 CASES = {
-    "fwd": [{}, {"row_token": None, "IN_STEP": False}, {"BOX_TOKENS": 60}],
-    "bwd_dq": [{}, {"BOX_TOKENS": 60}],
-    "bwd_dkdv": [{}, {"GROUP": 4}],
+    "fwd": [(64, {}), (128, {}), (128, {"BOX_TOKENS": 60})],
+    "bwd_dq": [(64, {}), (128, {"BOX_TOKENS": 60})],
+    "bwd_dkdv": [(64, {}), (128, {}), (128, {"GROUP": 4, "HAS_SECOND_WAIT": False})],
 }
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize(("name", "case"), [(name, i) for name, cases in CASES.items() for i in range(len(cases))])
-def test_compiles_for_hopper(name: str, case: int, head_size: int, tmp_path: Path) -> None:
-    if head_size == 64 and case:
-        pytest.skip("variants are compiled at the head size that is short of registers, 128")
-    result = compiled(name, head_size, tmp_path, **CASES[name][case])
+def test_compiles_for_hopper(name: str, case: int, tmp_path: Path) -> None:
+    import triton
+
+    is_later = not triton.__version__.startswith("3.6.")
+    head_size, constants = CASES[name][case]
+    result = compiled(name, head_size, tmp_path, **constants)
     assert not result.warnings
-    assert result.spilled <= SPILL_BUDGET[name]
+    assert result.spilled <= (SPILL_BUDGET_LATER if is_later else SPILL_BUDGET)[name]
     assert result.shared <= SHARED_LIMIT
     loops = loops_of_products(result.sass)
     # One loop for each of the two warpgroups.
     assert len(loops) == 2
     for loop in loops:
-        assert not [op for op in loop if re.search(r"\b(LDL|STL)\b", op)]
+        spills = [op for op in loop if re.search(r"\b(LDL|STL)\b", op)]
+        assert len(spills) <= (LOOP_SPILLS_LATER if is_later else LOOP_SPILLS)
+        assert not overwritten_operands(loop)
         # A wait for all products stands behind the exponentials, so that they run under the product before.
         products = [i for i, op in enumerate(loop) if "HGMMA" in op]
         exponentials = [i for i, op in enumerate(loop) if "MUFU.EX2" in op]

@@ -5,7 +5,8 @@ half steps of 64 rows, and one producer warp a warpgroup that fills its ring by 
 each, seven products where one kernel would need five; but nothing is added into memory, so the same inputs give the same
 bits, and that is also faster: fp32 additions into dquery run at 1.6 TB/s, which alone costs more than the two products.
 
-- dquery keeps queries, the output's gradient and dquery in registers; its ring holds keys and values.
+- dquery keeps queries, the output's gradient and dquery in registers (for small heads only the last); its ring holds keys
+  and values.
 - dkey and dvalue keep both results in registers (128 a thread) and keys and values in shared memory. Scores are held
   transposed, `[keys, queries]`. The ring holds queries, the output's gradient and, by a tensor copy too, a pair (base-2
   log-sum-exp, delta) for each query: read from global memory by column they would not fit into registers.
@@ -130,9 +131,16 @@ def _dq_consumer(
         b_lse = gl.load(p_stats)
         b_delta = gl.load(p_stats + 1)
         staging.store(gl.load(query + i_b * s_qb + i_h * s_qh + o_token * s_qs + o_d, mask=m_row, other=0.0))
-        b_q = staging.load(q_operand)
-        staging.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
-        b_dout = staging.load(q_operand)
+        if D == 128:
+            b_q = staging.load(q_operand)
+            staging.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
+            b_dout = staging.load(q_operand)
+        else:
+            # With score gradients of the same shape, ptxas 12.8 puts these into the registers that hold the output's gradient.
+            b_q = staging
+            b_dout = staging_s.index(2 + WG)
+            b_dout.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
+            fence_async_shared()
         b_dq = gl.zeros([64, D], gl.float32, result)
         for i_half in range(num_halves):
             i_stage = WG * STAGES + num_done % STAGES
@@ -205,7 +213,7 @@ def block_sparse_bwd_dq_kernel(
 ):
     """Gradient of the queries, `[B, S_q, Hq, D]`, of `num_heads` heads from `first_head` on; see the forward's kernel."""
     dtype: gl.constexpr = query.dtype.element_ty
-    staging_s = gl.allocate_shared_memory(dtype, [2, 64, D], key_boxes.layout)
+    staging_s = gl.allocate_shared_memory(dtype, [2 if D == 128 else 4, 64, D], key_boxes.layout)
     k_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], key_boxes.layout)
     v_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], value_boxes.layout)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
@@ -317,7 +325,17 @@ def _columns_of(stats, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr):
+def _dkdv_consumer(
+    owned,
+    ring,
+    work,
+    tensors,
+    WG: gl.constexpr,
+    STAGES: gl.constexpr,
+    D: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_SECOND_WAIT: gl.constexpr,
+):
     k_s, v_s, owned_full, owned_empty = owned
     q_s, do_s, stats_s, full, empty = ring
     order, masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS = work
@@ -363,10 +381,14 @@ def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.cons
                 b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
                 b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, 64)
                 b_po = gl.convert_layout(b_p.to(dtype), operand)
-                # Both numbers of a pair together do not fit into registers, and within one basic block the compiler would
-                # read them once. This wait is over already and begins another block.
-                mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
-                _unused, b_delta = _columns_of(stats_s.index(i_stage), columns)
+                # Both numbers of a pair together do not fit into registers, and the compiler would read them once, did it know
+                # that the place is the same: a wait that is over already begins another basic block, a move hides the place.
+                i_again = i_stage
+                if HAS_SECOND_WAIT:
+                    mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
+                else:
+                    i_again = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_stage], gl.int32, False, 1)
+                _unused, b_delta = _columns_of(stats_s.index(i_again), columns)
                 b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
                 b_dvt = warpgroup_mma(b_po, do_s.index(i_stage), b_dv, is_async=True)
                 b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype), operand)
@@ -433,6 +455,7 @@ def block_sparse_bwd_dkdv_kernel(
     D: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_SECOND_WAIT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -469,8 +492,8 @@ def block_sparse_bwd_dkdv_kernel(
     places = (s_row_b, s_row_h, s_column_h, s_krow_b, s_krow_h, s_kcolumn_h)
     gl.warp_specialize(
         [
-            (_dkdv_consumer, (held, ring, work, tensors, 0, STAGES, D, GROUP)),
-            (_dkdv_consumer, (held, ring, work, tensors, 1, STAGES, D, GROUP)),
+            (_dkdv_consumer, (held, ring, work, tensors, 0, STAGES, D, GROUP, HAS_SECOND_WAIT)),
+            (_dkdv_consumer, (held, ring, work, tensors, 1, STAGES, D, GROUP, HAS_SECOND_WAIT)),
             (_dkdv_producer, (source, sent, ring, walks, places, 0, STAGES, D, GROUP)),
             (_dkdv_producer, (source, sent, ring, walks, places, 1, STAGES, D, GROUP)),
         ],

@@ -21,9 +21,11 @@ from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 
 _LOG2E = math.log2(math.e)
 # Packed rows and plans of the heads that one launch works on stay near this, and at least one head is worked on.
-_SCRATCH_BYTES = 512 << 20
+_SCRATCH_BYTES = 1 << 30
 # Keys and values of a head that need more than this fall out of the L2 cache unless all programs walk in step.
 _IN_STEP_BYTES = 32 << 20
+# The planner that is to be the faster one has not run on a GPU yet.
+PLANS_IN_ONE_PASS = False
 
 Constants = dict[str, int]
 # Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
@@ -33,7 +35,10 @@ FWD: dict[int, Constants] = {
     128: {"K_STAGES": 1, "V_STAGES": 2, **_REGISTERS},
 }
 DQ: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 3, **_REGISTERS}}
-DKDV: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 2, **_REGISTERS}}
+DKDV: dict[int, Constants] = {
+    64: {"STAGES": 4, "HAS_SECOND_WAIT": True, **_REGISTERS},
+    128: {"STAGES": 2, "HAS_SECOND_WAIT": True, **_REGISTERS},
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
         for first, heads in _head_groups(batch * kv_heads, head_bytes):
             keys = in_place or _pack_keys(key, value, walked, first, heads, scale)
             first_head, heads = first * group, heads * group
-            plan = plan_lists(pattern, own, walked, first_head, heads, batch * num_heads)
+            plan = plan_lists(pattern, own, walked, first_head, heads, batch * num_heads, in_one_pass=PLANS_IN_ONE_PASS)
             rows = heads * own.max_blocks
             programs = min(_num_programs(query.device), -(-rows // 2))
             key_boxes, value_boxes = keys.maps(64, head_size)
@@ -310,7 +315,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     """Write the gradient of some query heads."""
     own, head_size = call.queries, call.head_size
     total = call.query.shape[0] * call.query.shape[2]
-    plan = plan_lists(call.pattern, own, call.keys, first_head, heads, total)
+    plan = plan_lists(call.pattern, own, call.keys, first_head, heads, total, in_one_pass=PLANS_IN_ONE_PASS)
     rows = heads * own.max_blocks
     programs = min(_num_programs(dq.device), -(-rows // 2))
     key_boxes, value_boxes = keys.maps(64, head_size)
@@ -363,7 +368,8 @@ def _launch_dkdv(
     own, head_size, group, pattern = call.keys, call.head_size, call.group, call.pattern
     total = call.query.shape[0] * call.query.shape[2]
     marks = mark(pattern, first * group, heads * group, total, by_key=True)
-    plan = plan_marks(marks, own, call.queries, pattern.indices.shape[2:].numel(), has_pads=False)
+    num_listed = pattern.indices.shape[2:].numel()
+    plan = plan_marks(marks, own, call.queries, num_listed, has_pads=False, in_one_pass=PLANS_IN_ONE_PASS)
     del marks
     lengths, order = _work_order(plan, own, heads, group)
     flat = stats.view(-1)

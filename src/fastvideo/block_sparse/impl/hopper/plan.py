@@ -22,10 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, piece_size
+from fastvideo.block_sparse.impl.hopper.plan_once import plan_once_kernel
 from fastvideo.block_sparse.pattern import BlockPattern
 
 # Producers read ahead of the last entry.
 _SLACK = 16
+# Pieces that one program keeps in registers.
+_ONE_CHUNK = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +47,21 @@ class Plan:
     meta: Tensor
 
 
-def plan_lists(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, first_head: int, heads: int, total: int) -> Plan:
+def plan_lists(
+    pattern: BlockPattern,
+    own: PackedLayout,
+    walked: PackedLayout,
+    first_head: int,
+    heads: int,
+    total: int,
+    *,
+    in_one_pass: bool = False,
+) -> Plan:
     """The walks of query blocks over keys, for `heads` of the `total` heads counted through batch and heads."""
     is_direct = own.is_one_piece_a_block and walked.is_even and walked.piece_rows > 48
     if not is_direct:
-        return plan_marks(mark(pattern, first_head, heads, total, by_key=False), own, walked, pattern.indices.shape[2:].numel())
+        marks = mark(pattern, first_head, heads, total, by_key=False)
+        return plan_marks(marks, own, walked, pattern.indices.shape[2:].numel(), in_one_pass=in_one_pass)
     indices, (s_b, s_h) = _lists(pattern)
     if s_b == s_h == 0:
         first_head, heads = 0, 1
@@ -123,7 +136,15 @@ def mark(pattern: BlockPattern, first_head: int, heads: int, total: int, *, by_k
     return marks
 
 
-def plan_marks(marks: Tensor, own: PackedLayout, walked: PackedLayout, num_listed: int, *, has_pads: bool = True) -> Plan:
+def plan_marks(
+    marks: Tensor,
+    own: PackedLayout,
+    walked: PackedLayout,
+    num_listed: int,
+    *,
+    has_pads: bool = True,
+    in_one_pass: bool = False,
+) -> Plan:
     """The walks of own blocks over the other side from marks `[G, own tiles, walked tiles]`, up to `num_listed` a head.
 
     Without `has_pads` the kernel copes with pads of the walked side by itself, so that they ask for no masks.
@@ -137,29 +158,23 @@ def plan_marks(marks: Tensor, own: PackedLayout, walked: PackedLayout, num_liste
     meta = torch.zeros(heads, own.max_blocks, 6, dtype=torch.int32, device=marks.device)
     used = torch.zeros(heads, 2, dtype=torch.int32, device=marks.device)
     num_pieces = walked.layout.num_tiles * walked.pieces
-    plan_marks_kernel[(heads * own.max_blocks,)](
-        marks,
-        own.block_tiles,
-        own.counts,
-        walked.layout.offsets,
-        walked.piece_row,
-        rows,
-        masks,
-        meta,
-        used,
-        own.max_blocks,
-        own.layout.num_tiles,
-        walked.layout.num_tiles,
-        num_pieces,
-        rows.stride(0),
-        masks.stride(0),
-        PIECES=walked.pieces,
-        PIECE_ROWS=walked.piece_rows,
-        # A piece with at least so many tokens is a box without a mask.
-        CLEAN=walked.box_tokens if has_pads else 49,
-        CHUNK=min(1024, max(64, triton.next_power_of_2(num_pieces))),
-        num_warps=4,
+    arguments = (
+        *(marks, own.block_tiles, own.counts, walked.layout.offsets, walked.piece_row, rows, masks, meta, used),
+        *(own.max_blocks, own.layout.num_tiles, walked.layout.num_tiles, num_pieces, rows.stride(0), masks.stride(0)),
     )
+    constants = {
+        "PIECES": walked.pieces,
+        "PIECE_ROWS": walked.piece_rows,
+        # A piece with at least so many tokens is a box without a mask.
+        "CLEAN": walked.box_tokens if has_pads else 49,
+    }
+    grid, padded = (heads * own.max_blocks,), max(64, triton.next_power_of_2(num_pieces))
+    if in_one_pass:
+        chunk = min(_ONE_CHUNK, padded)
+        is_one_chunk = num_pieces <= chunk
+        plan_once_kernel[grid](*arguments, **constants, CHUNK=chunk, IS_ONE_CHUNK=is_one_chunk, num_warps=max(1, chunk // 128))
+    else:
+        plan_marks_kernel[grid](*arguments, **constants, CHUNK=min(1024, padded), num_warps=4)
     return Plan(rows, masks, meta)
 
 
