@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastvideo.attention import register_attn_backend
+from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend, TorchSDPAImpl
 from fastvideo.attention.backends.video_sparse_attn import (
     VideoSparseAttentionBackend,
     VideoSparseAttentionImpl,
@@ -56,6 +57,42 @@ def test_dense_attention_and_vsa_that_keeps_all_change_nothing(name: str, dtype:
     assert not torch.allclose(call(model, inputs), original["output"], atol=1e-3)
     remove(model)
     assert torch.equal(call(model, inputs), original["output"])
+
+
+ran: list[str] = []
+
+
+class RecordingDenseImpl(TorchSDPAImpl):
+    def forward(self, query, key, value, attn_metadata, *, attn_mask=None):
+        ran.append(self.prefix.removesuffix(".impl"))
+        return super().forward(query, key, value, attn_metadata, attn_mask=attn_mask)
+
+
+class RecordingDense(TorchSDPABackend):
+    layer_independent = False  # its implementations name their layer
+    get_name = staticmethod(lambda: "RECORDING_DENSE")
+    get_impl_cls = staticmethod(lambda: RecordingDenseImpl)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_reach_the_places_that_they_name_and_no_others(name: str) -> None:
+    register_attn_backend("RECORDING_DENSE", RecordingDense)
+    model, inputs = make(name)
+    original = call(model, inputs)
+    case = CASES[name]
+    roles = ["self"] + ["cross"] * case.has_cross + ["text"] * case.has_text
+    rules = [Rule(role=role, backend="recording_dense") for role in roles]
+    rules += [Rule(layers=1, backend="recording_dense"), Rule(role="self", layers=[0], backend="recording_dense")]
+    for rule in rules:
+        apply(model, AttentionPolicy(rules=[rule]))
+        ran.clear()
+        assert torch.allclose(call(model, inputs), original, atol=1e-5)
+        wanted = [place.path for place in plan_of(model).places if rule.addresses(place.role, place.layer)]
+        assert list(dict.fromkeys(ran)) == wanted  # attention to text and image of one place counts once
+        assert 0 < len(wanted) < len(plan_of(model).places) or len(roles) == 1
+    for role in {"cross", "text"}.difference(roles):
+        with pytest.raises(ValueError, match=f"names role '{role}'"):
+            apply(model, AttentionPolicy(rules=[Rule(role=role, backend="auto")]))
 
 
 seen: list[tuple[Any, ...]] = []

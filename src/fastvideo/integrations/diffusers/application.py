@@ -12,7 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastvideo.attention.selector import BackendWish
 from fastvideo.distributed import SequenceGroup, sequence_parallel
 from fastvideo.integrations.diffusers.attend import Attend, TextAttend, VideoAttend
-from fastvideo.integrations.diffusers.family import Gather, ShardPlan, Site, find_family, is_known, known_models
+from fastvideo.integrations.diffusers.family import (
+    Gather,
+    Processor,
+    ShardPlan,
+    Site,
+    find_family,
+    is_known,
+    known_models,
+)
 from fastvideo.integrations.diffusers.hooks import ModelHook
 from fastvideo.integrations.diffusers.shards import add_shard_hooks, parameter_names
 from fastvideo.integrations.diffusers.steps import StepCounter
@@ -118,7 +126,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 def _models(pipe_or_model: Any) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(pipe_or_model, nn.Module):
-        model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # inside of what `torch.compile` returns
+        model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # inside of what torch.compile returns
         find_family(model)
         yield "model", model
         return
@@ -162,21 +170,27 @@ def _plan(model: nn.Module, policy: AttentionPolicy, group: SequenceGroup) -> Pl
         raise ValueError(f"this {name} has attention that the family {family.name!r} doesn't know: {', '.join(others)}")
     if group.size > 1:
         family.shard_plan(model)
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            raise ValueError(
+                f"this {name} is compiled already, and what is compiled misses new hooks; apply first, then compile"
+            )
     return Plan.resolve(policy, [site.place for site in sites], model_name=name)
 
 
 def _put_on(model: nn.Module, plan: Plan, group: SequenceGroup, steps: StepCounter) -> None:
     family, applied = find_family(model), Applied(plan)
+    ours: dict[str, Processor] = {}
     for site, choices in zip(family.sites(model), plan.choices, strict=True):
-        attn = model.get_submodule(site.place.path)
-        applied.processors[site.place.path] = attn.processor
-        attn.processor = site.processor(_attend(site, choices, attn, group))  # type: ignore[assignment]  # no module
+        path, attn = site.place.path, model.get_submodule(site.place.path)
+        applied.processors[path] = attn.processor
+        ours[path] = site.processor(_attend(site, choices, attn, group))
+        attn.processor = ours[path]  # type: ignore[assignment]  # no module
     shards: ShardPlan = family.shard_plan(model) if group.size > 1 else {}
     own = shards.get("", {})
     if isinstance(own, Gather):
         raise ValueError(f"the family {family.name!r} gathers the model's own output; name the module that makes it instead")
     splits = {str(name): split for name, split in own.items()}
-    hook = ModelHook(family, plan, steps, group, parameter_names(model), splits)
+    hook = ModelHook(family, plan, steps, group, parameter_names(model), splits, ours)
     applied.handles = [
         *add_shard_hooks(model, shards, group),
         model.register_forward_pre_hook(hook, with_kwargs=True),

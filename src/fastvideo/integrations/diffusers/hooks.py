@@ -21,7 +21,7 @@ from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.compilation import constant_while_tracing, plain
 from fastvideo.distributed import SequenceGroup
 from fastvideo.forward_context import restored, thread_state
-from fastvideo.integrations.diffusers.family import Family, Split
+from fastvideo.integrations.diffusers.family import Family, Processor, Split
 from fastvideo.integrations.diffusers.shards import split_inputs
 from fastvideo.integrations.diffusers.state import ForwardState, current_state, enter_state, leave_state, with_state
 from fastvideo.integrations.diffusers.steps import StepCounter, told_grid
@@ -48,6 +48,7 @@ class ModelHook:
         group: The devices that share the video's tokens.
         names: Parameters of the model's `forward`, in order.
         splits: Which of the model's own inputs are cut.
+        processors: Our processors, by the names of their attention modules.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class ModelHook:
         group: SequenceGroup,
         names: tuple[str, ...],
         splits: dict[str, Split],
+        processors: dict[str, Processor],
     ) -> None:
         self.family, self.plan, self.steps, self.group = family, plan, steps, group
-        self.names, self.splits = names, splits
+        self.names, self.splits, self.processors = names, splits, processors
         self.needed = tuple(tuple(sorted(plan.metadata_of_phase(phase))) for phase in range(len(plan.boundaries) + 1))
         self.cuts_text = tuple(
             any(row[phase].refuses_padding for row in plan.choices) for phase in range(len(plan.boundaries) + 1)
@@ -77,6 +79,8 @@ class ModelHook:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         """Do the work of `__call__`."""
+        if not torch.compiler.is_compiling():
+            self._check_processors(model)
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         step = self._step(inputs)
         phase = 0
@@ -103,6 +107,15 @@ class ModelHook:
             model._gradient_checkpointing_func = self.checkpointing  # type: ignore[assignment]  # diffusers' own attribute
             self.checkpointing = None
 
+    def _check_processors(self, model: nn.Module) -> None:
+        for path, processor in self.processors.items():
+            found: Any = model.get_submodule(path).processor
+            if found is not processor:
+                raise RuntimeError(
+                    f"{path} of this {type(model).__name__} was given another processor, {type(found).__name__}, after apply; "
+                    "call remove(model) before something sets processors, and apply(model) after it"
+                )
+
     def _step(self, inputs: Mapping[str, Any]) -> int:
         if not self.plan.boundaries and torch.compiler.is_compiling():
             return 0  # reading it would compile a graph per step, and no rule asks
@@ -121,7 +134,8 @@ class ModelHook:
     ) -> tuple[AttentionMetadata | None, ...]:
         grid = told_grid()
         latent, patch = (grid, (1, 1, 1)) if grid is not None else self.family.video_shape(model, inputs)
-        device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
+        tensors = [x for x in (inputs.get("hidden_states"), *inputs.values()) if isinstance(x, torch.Tensor)]
+        device = tensors[0].device
         sizes = tuple(plain(int(size)) for size in (*latent, *patch))
         found: list[AttentionMetadata | None] = [None] * len(self.plan.builders)
         for number in self.needed[phase]:
