@@ -171,6 +171,13 @@ def compiled() -> str:
     return "no error"
 
 
+def opcheck() -> str:
+    x = torch.randn(3, requires_grad=True)
+    arguments = (x, [0, 1], "", "every", TIMEOUT, '[["query", "(3,)"]]')
+    results = torch.library.opcheck(torch.ops.fastvideo.agree.default, arguments)
+    return ", ".join(sorted(set(results.values())))
+
+
 def compiled_blocks() -> str:
     """Equal blocks share a graph although their layers have names."""
     group = SequenceGroup.from_mesh(dist.group.WORLD)
@@ -260,6 +267,20 @@ def killed_in_the_exchange() -> str:
     return "no error"
 
 
+class Planted(BaseException):
+    """Nothing catches it, so it ends the process."""
+
+
+def failed_while_others_are_inside() -> str:
+    for _ in range(3):
+        silent(4)
+    if RANK == 1:
+        agree(torch.zeros(1), SequenceGroup.from_mesh(dist.group.WORLD), mode="new", timeout=TIMEOUT, query=(1, 4))
+        raise Planted("on purpose")
+    silent(4)
+    return "no error"
+
+
 def failed() -> str:
     call(4)
     if RANK == 1:
@@ -292,6 +313,7 @@ TOGETHER = (
     compiled,
     compiled_blocks,
     gradient,
+    opcheck,
 )
 
 

@@ -42,13 +42,6 @@ def server() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-@pytest.fixture(scope="module")
-def together(server, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    assert exit_codes(start_ranks(2, folder, "together", server.port), 120) == [0, 0]
-    return folder
-
-
 DIFFERENCES = {
     "constant_mismatch": "call 1 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
     "lone_new_shape": "call 4 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
@@ -61,44 +54,35 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
-def test_every_rank_names_the_difference(together: Path, name: str) -> None:
+def test_two_ranks(server, tmp_path: Path) -> None:
+    """Everything that leaves the ranks alive, in one pair of processes: starting them is what takes the time."""
+    assert exit_codes(start_ranks(2, tmp_path, "together", server.port), 150) == [0, 0]
+    for name, difference in DIFFERENCES.items():
+        check_that_every_rank_names(difference, name, tmp_path)
+    told = {
+        path.stem.split(".")[0]: [read(tmp_path, path.stem.split(".")[0], rank) for rank in range(2)]
+        for path in tmp_path.iterdir()
+    }
+    assert [report["told"] for report in told["late"]] == ["3.0", "3.0"], "a late rank is waited for"
+    assert [report["told"] for report in told["again_after_error"]] == ["same: True"] * 2, "a broken group stays broken"
+    assert [report["told"] for report in told["compiled_blocks"]] == ["[12.0, 12.0] 1 graph 12 calls"] * 2
+    assert [report["told"] for report in told["gradient"]] == ["12.0"] * 2
+    assert [report["told"] for report in told["opcheck"]] == ["SUCCESS"] * 2
+    for report in told["known_calls_are_silent"]:
+        assert re.fullmatch(r"[\d.]+ µs", str(report["told"])), report["told"]
+        assert float(str(report["told"]).split()[0]) < 100, "a dictionary lookup, on a busy machine"
+    absent = {str(report["told"]) for report in told["absent"]}
+    assert len(absent) == 1
+    assert absent.pop().startswith("rank 1 did not come to call 2 of the shared attention within 0.8 s, where rank 0 asks for")
+    assert 0.7 < float(told["absent"][0]["seconds"]) < 1.5
+
+
+def check_that_every_rank_names(difference: str, name: str, folder: Path) -> None:
     for rank in range(2):
-        report = read(together, name, rank)
-        assert report["told"] == f"ranks disagree on {DIFFERENCES[name]}"
+        report = read(folder, name, rank)
+        assert report["told"] == f"ranks disagree on {difference}", f"{name} on rank {rank}"
         if name != "compiled":  # which takes longer than that to compile
             assert report["seconds"] < 10, "the difference is known long before the timeout"
-
-
-def test_a_late_rank_is_waited_for(together: Path) -> None:
-    assert [read(together, "late", rank)["told"] for rank in range(2)] == ["3.0", "3.0"]
-
-
-def test_a_rank_that_does_not_come_is_named_on_all(together: Path) -> None:
-    told = {read(together, "absent", rank)["told"] for rank in range(2)}
-    assert len(told) == 1
-    assert told.pop().startswith("rank 1 did not come to call 2 of the shared attention within 0.8 s, where rank 0 asks for")
-    assert 0.7 < read(together, "absent", 0)["seconds"] < 1.5
-
-
-def test_a_broken_group_stays_broken(together: Path) -> None:
-    assert [read(together, "again_after_error", rank)["told"] for rank in range(2)] == ["same: True"] * 2
-
-
-def test_known_calls_cost_next_to_nothing(together: Path) -> None:
-    for rank in range(2):
-        told = str(read(together, "known_calls_are_silent", rank)["told"])
-        assert re.fullmatch(r"[\d.]+ µs", told), told
-        assert float(told.split()[0]) < 100, "a dictionary lookup, on a busy machine"
-
-
-def test_equal_blocks_share_a_graph(together: Path) -> None:
-    told = [read(together, "compiled_blocks", rank)["told"] for rank in range(2)]
-    assert told == ["[12.0, 12.0] 1 graph 12 calls"] * 2
-
-
-def test_gradients_pass(together: Path) -> None:
-    assert [read(together, "gradient", rank)["told"] for rank in range(2)] == ["12.0"] * 2
 
 
 @pytest.mark.parametrize(
@@ -136,10 +120,25 @@ def test_nccl_is_left_when_a_peer_is_killed(server, tmp_path: Path) -> None:
     assert str(read(tmp_path, "nccl_killed", 0)["told"]).startswith("rank 1 has shown no sign of life for")
 
 
-def test_a_rank_that_ends_is_named_at_once(server, tmp_path: Path) -> None:
-    assert exit_codes(start_ranks(2, tmp_path, "failed", server.port), 60) == [0, 3]
-    report = read(tmp_path, "failed", 0)
-    assert report["told"] == ("rank 1 ended after call 1 of the shared attention, where rank 0 makes call 2 (query=(1, 4))")
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        (
+            "failed",
+            3,
+            "rank 1 ended after call 1 of the shared attention, where rank 0 makes call 2 (query=(1, 4), device=cpu)",
+        ),
+        (
+            "failed_while_others_are_inside",
+            1,
+            "rank 1 ended by Planted: on purpose after call 4 of the shared attention, where rank 0 made call 4",
+        ),
+    ],
+)
+def test_a_rank_that_ends_is_named_at_once(name: str, code: int, text: str, server, tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(2, tmp_path, name, server.port), 60) == [0, code]
+    report = read(tmp_path, name, 0)
+    assert report["told"] == text
     assert report["seconds"] < 10
 
 

@@ -17,58 +17,44 @@ from fastvideo.distributed.parity_compare import Place, find_divergences, finger
 from fastvideo.distributed.parity_record import Label, Rounding
 
 SCRIPT = Path(__file__).with_name("parity_cases.py")
-Reports = list[dict[str, dict[str, object]]]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> Reports:
-    folder = tmp_path_factory.mktemp("ranks")
+EQUAL = {
+    "wan_fp32": 206,
+    "wan_bf16": 206,
+    "wan_sparse": 214,
+    "uneven_shards": 16,
+    "partial_gradients": 16,
+    "layer_mesh": 16,
+    "own_loss": 9,
+    "gradients_are_left_alone": 5,
+}
+FIRST = {
+    "wan_fault": "blocks.1.attn1.attention: output[0], most on rank 1: max error 0.0015",
+    "wan_fault_in_backward": "blocks.0.attn2.to_v: gradient of weight, most on rank",
+    "wan_other_weight": "blocks.1.ffn.net.0.proj: output: already different on rank 1 when run alone",
+    "wan_shape": "condition_embedder.text_embedder: output: the shapes of its parts on ranks 0, 1 don't make up the whole",
+    "wan_only_attention": "blocks.1.attn1.attention: output[0], most on rank",
+    "loss_that_is_no_sum": "0: gradient of output, most on rank",
+}
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Equal ranks pass, a planted fault is named on every rank; one pair of processes runs all."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    arguments = ["2", str(folder), str(server.port)]
+    arguments = ["2", str(tmp_path), str(server.port)]
     ranks = [subprocess.Popen([sys.executable, str(SCRIPT), str(rank), *arguments]) for rank in range(2)]
     try:
         assert [rank.wait(timeout=150) for rank in ranks] == [0, 0]
     finally:
         [rank.kill() for rank in ranks]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.mark.parametrize(
-    ("name", "num_compared"),
-    [
-        ("wan_fp32", 206),
-        ("wan_bf16", 206),
-        ("wan_sparse", 214),
-        ("uneven_shards", 16),
-        ("partial_gradients", 16),
-        ("layer_mesh", 16),
-        ("own_loss", 9),
-        ("gradients_are_left_alone", 5),
-    ],
-)
-def test_equal_ranks_pass(reports: Reports, name: str, num_compared: int) -> None:
-    for report in reports:
-        assert report[name]["text"] == f"2 ranks give one rank's numbers in all {num_compared} tensors"
-
-
-@pytest.mark.parametrize(
-    ("name", "first"),
-    [
-        ("wan_fault", "blocks.1.attn1.attention: output[0], most on rank 1: max error 0.0015"),
-        ("wan_fault_in_backward", "blocks.0.attn2.to_v: gradient of weight, most on rank"),
-        ("wan_other_weight", "blocks.1.ffn.net.0.proj: output: already different on rank 1 when run alone"),
-        (
-            "wan_shape",
-            "condition_embedder.text_embedder: output: the shapes of its parts on ranks 0, 1 don't make up the whole",
-        ),
-        ("wan_only_attention", "blocks.1.attn1.attention: output[0], most on rank"),
-        ("loss_that_is_no_sum", "0: gradient of output, most on rank"),
-    ],
-)
-def test_a_planted_fault_is_named_on_every_rank(reports: Reports, name: str, first: str) -> None:
-    assert reports[0][name] == reports[1][name]
-    assert str(reports[0][name]["text"]).startswith(f"2 ranks differ from one, first at {first}")
-    assert reports[0][name]["passed"] is False
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert reports[0] == reports[1], "every rank gets the same report"
+    for name, num_compared in EQUAL.items():
+        assert reports[0][name]["text"] == f"2 ranks give one rank's numbers in all {num_compared} tensors", name
+    for name, first in FIRST.items():
+        assert reports[0][name]["text"].startswith(f"2 ranks differ from one, first at {first}"), reports[0][name]["text"]
+        assert reports[0][name]["passed"] is False
 
 
 class Odd(nn.Module):

@@ -21,6 +21,8 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +50,8 @@ def agree(
     Call it on every rank, in the order of calls, before anything is sent; what is sent should come from what it returns.
 
     Args:
-        x: A tensor that the call goes on to use. Its device decides what `"auto"` means. Returned as it is; in compiled code a
-            copy, which keeps the check before the exchange.
+        x: A tensor that the call goes on to use. Its device is agreed on too, and decides what `"auto"` means. Returned as it
+            is; in compiled code a copy, which keeps the check before the exchange.
         group: The ranks.
         mode: `"auto"`, `"new"`, `"every"` or `"off"`, the same on every rank; `None` takes `FASTVIDEO_AGREEMENT`.
         timeout: Seconds to wait for peers; `None` takes `FASTVIDEO_AGREEMENT_TIMEOUT`.
@@ -68,6 +70,7 @@ def agree(
     if group.size == 1:
         return x
     mode, timeout = _wishes(mode, timeout)
+    fields["device"] = x.device.type
     if mode == "off":
         return x
     if mode == "auto":
@@ -78,7 +81,8 @@ def agree(
         # Equal layers compile once: nothing that differs between them may be read while tracing.
         text = _as_text(tuple([(name, _plain(value)) for name, value in fields.items() if name != "layer"]))
         return _agree_op(x, list(group.ranks), transports, mode, timeout, text)  # type: ignore[no-any-return]
-    _agree_now(group.ranks, transports, mode, timeout, tuple([(name, str(value)) for name, value in fields.items()]))
+    words = tuple([(name, str(value)) for name, value in fields.items()])
+    _agree_now(group.ranks, transports, mode, timeout, words)
     return x
 
 
@@ -145,7 +149,7 @@ def _agree_now(ranks: tuple[int, ...], transports: str, mode: str, timeout: floa
 
 def _open_ledger(ranks: tuple[int, ...], timeout: float) -> Ledger:
     if not _ledgers:
-        atexit.register(_leave)
+        atexit.register(_leave, os.getpid())
     before = _ledgers.get(ranks)
     generation = 0 if before is None else before.generation + 1
     ledger = _ledgers[ranks] = Ledger(ranks, ranks.index(dist.get_rank()), timeout, generation)
@@ -153,11 +157,15 @@ def _open_ledger(ranks: tuple[int, ...], timeout: float) -> Ledger:
     return ledger
 
 
-def _leave() -> None:
-    """Tell peers that this process ends, which an exit by an error does too."""
+def _leave(process: int) -> None:
+    """Tell peers that this process ends, and by which error; the interpreter keeps an uncaught one for post-mortems."""
+    if os.getpid() != process:  # a fork that ends is none of their business
+        return
+    error = getattr(sys, "last_value", None)
+    text = "" if error is None else f"{type(error).__name__}: {error}"
     for ledger in _ledgers.values():
         if ledger.is_current:
-            ledger.leave()
+            ledger.leave(text)
 
 
 @torch.library.custom_op("fastvideo::agree", mutates_args=())

@@ -32,6 +32,9 @@ class RanksDisagree(RuntimeError):
     """Ranks that share a sequence made different calls, or one of them stopped. The message names them and the difference."""
 
 
+_NUM_KNOWN = 1 << 16
+"""Calls whose successor is remembered. All ranks forget at the same call."""
+
 _BRANCH: Fields = (("", "several known successors"),)
 _LOOK_EVERY = 0.05
 """Seconds between two looks for a verdict, an answer or a process that ended."""
@@ -103,10 +106,18 @@ class Ledger:
         number = self.count + 1
         if every or known is None or known != fields:
             self._confirm(number, fields, timeout)
-            self._successors[self._previous] = fields if known is None or known == fields else _BRANCH
+            if not every:
+                self._learn(fields)
         self._log[number % _NUM_REMEMBERED] = (number, fields)
         self.count = number
         self._previous = fields
+
+    def _learn(self, fields: Fields) -> None:
+        if len(self._successors) >= _NUM_KNOWN:
+            self._successors.clear()
+        known = self._successors.setdefault(self._previous, fields)
+        if known != fields:
+            self._successors[self._previous] = _BRANCH
 
     def answer(self, number: int) -> None:
         """Publish a call that was made without a word, for a peer that asks for it."""
@@ -126,10 +137,22 @@ class Ledger:
         """Return why another rank ended the group, or `None`."""
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
 
-    def leave(self) -> None:
-        """Tell peers that this process ends."""
+    def leave(self, error: str) -> None:
+        """Tell peers that this process ends, and by which error, empty for none."""
         with contextlib.suppress(RuntimeError):  # the store may have gone first
-            self.store.set(f"left/{self.rank}", str(self.count))
+            self.store.set(f"left/{self.rank}", f"{self.count} {error}")
+
+    def departure(self, place: int) -> tuple[int, str] | None:
+        """Return after which call a peer's process ended, and by which error, or `None` where it goes on."""
+        if not self.store.check([f"left/{place}"]):
+            return None
+        count, _, error = self.store.get(f"left/{place}").decode().partition(" ")
+        return int(count), error
+
+    def describe_departure(self, place: int, count: int, error: str, here: str) -> str:
+        """Return the sentence about a peer that ended, with where this rank is."""
+        by = f" by {error}" if error else ""
+        return f"rank {self.ranks[place]} ended{by} after call {count} of the shared attention, where {self._me} {here}"
 
     def _confirm(self, number: int, fields: Fields, timeout: float) -> None:
         with self.lock:
@@ -192,12 +215,9 @@ class Ledger:
         if verdict is not None:
             raise self.fail(verdict)
         for place in missing:
-            if self.store.check([f"left/{place}"]):
-                count = self.store.get(f"left/{place}").decode()
-                raise self.fail(
-                    f"rank {self.ranks[place]} ended after call {count} of the shared attention, "
-                    f"where {self._me} makes call {number} ({_shown(fields)})"
-                )
+            departure = self.departure(place)
+            if departure is not None:
+                raise self.fail(self.describe_departure(place, *departure, f"makes call {number} ({_shown(fields)})"))
 
     def _give_up(self, number: int, fields: Fields, missing: list[int], timeout: float) -> RanksDisagree:
         absent = ", ".join(str(self.ranks[place]) for place in missing)

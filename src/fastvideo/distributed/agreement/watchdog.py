@@ -69,7 +69,7 @@ class _Peers:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._beat = 0
-        self._signs: dict[int, tuple[bytes, float]] = {}
+        self._signs: dict[int, tuple[bytes | None, float]] = {}
 
     def look(self) -> bool:
         """Return whether there is something left to watch."""
@@ -91,16 +91,29 @@ class _Peers:
         self._beat += 1
         ledger.store.set(f"sign/{ledger.rank}", f"{self._beat} {ledger.waiting}")
         for place, sign in _signs(ledger).items():
-            if sign is None:
-                continue
-            waits_at = int(sign.split()[1])
+            waits_at = int(sign.split()[1]) if sign else 0
             if waits_at:
                 ledger.answer(waits_at)
-            last, since = self._signs.get(place, (b"", now))
+            last, since = self._signs.get(place, (None, now))
             self._signs[place] = (sign, now if sign != last else since)
-            if now - since > ledger.timeout and sign == last and not ledger.store.check([f"left/{place}"]):
-                text = f"rank {ledger.ranks[place]} has shown no sign of life for {now - since:.0f} s"
-                return str(ledger.fail(f"{text}; the last call of rank {ledger.ranks[ledger.rank]} was number {ledger.count}"))
+            verdict = self._verdict_on(place, now - since if sign == last else 0.0)
+            if verdict is not None:
+                return str(ledger.fail(verdict))
+        return None
+
+    def _verdict_on(self, place: int, silence: float) -> str | None:
+        """Return why a peer can't go on, or `None`. One that ended without an error may have had no more calls to make."""
+        ledger = self.ledger
+        departure = ledger.departure(place)
+        if departure is not None:
+            count, error = departure
+            if error or count < ledger.count:
+                return ledger.describe_departure(place, count, error, f"made call {ledger.count}")
+        elif ledger.count and silence > ledger.timeout:  # before the first call peers may still be on their way
+            return (
+                f"rank {ledger.ranks[place]} has shown no sign of life for {silence:.0f} s; "
+                f"the last call of rank {ledger.ranks[ledger.rank]} was number {ledger.count}"
+            )
         return None
 
 
