@@ -20,7 +20,7 @@ from fastvideo.attention.kv_cache import StreamingMetadata
 from fastvideo.attention.layer import _AttentionLayer
 from fastvideo.attention.selector import BackendWish
 from fastvideo.attention.validation import autocast, mask_kind
-from fastvideo.distributed.mesh import LOCAL, SequenceGroup, as_sequence_group, current_sequence_group
+from fastvideo.distributed.mesh import SequenceGroup, as_sequence_group, current_sequence_group
 from fastvideo.distributed.ulysses import check_heads, heads_to_tokens, tokens_to_heads
 from fastvideo.platforms import AttentionBackendEnum
 
@@ -112,7 +112,7 @@ class StreamingAttention(_AttentionLayer):
         Raises:
             TypeError: A type or dtype is wrong.
             ValueError: A shape or device is wrong, or heads don't divide by the devices.
-            NotImplementedError: A gradient is needed; none flows through the cache.
+            NotImplementedError: A gradient is needed, and none flows through the cache; or the devices form a ring.
             BackendUnavailable: No backend that may run here can. The cache is as it was.
         """
         query, key, value = autocast(query, key, value)  # type: ignore[assignment]
@@ -126,7 +126,7 @@ class StreamingAttention(_AttentionLayer):
         attn_metadata.check_sequence(query.shape[1] * group.size)
         _check_cache(kv_cache, key, attn_metadata, group.size)
         _check_no_gradient(query, key, value, kv_cache)
-        if group != LOCAL:
+        if group.size > 1:
             # Query and key have one length but may differ in heads.
             query, key, value = tokens_to_heads((query, key, value), group)
 
@@ -139,7 +139,7 @@ class StreamingAttention(_AttentionLayer):
         kv_cache[0].index_copy_(1, attn_metadata.slots, key)
         kv_cache[1].index_copy_(1, attn_metadata.slots, value)
         output: torch.Tensor = run_impl(selected, (query, keys, values), metadata, forward_extras(attn_mask=mask))
-        return output if group == LOCAL else heads_to_tokens(output, group)
+        return output if group.size == 1 else heads_to_tokens(output, group)
 
 
 def _check_cache(kv_cache: torch.Tensor, key: torch.Tensor, step: StreamingMetadata, world_size: int) -> None:

@@ -24,8 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastvideo.distributed.mesh import SequenceGroup
-from fastvideo.distributed.ulysses import check_heads
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
 from fastvideo.models.wan.config import AttentionKind
 from fastvideo.settings import Settings
@@ -124,7 +122,6 @@ def shard_model(
     Raises:
         ValueError: The heads don't divide by the devices of "ulysses".
     """
-    check_heads(model.config.num_attention_heads, model.config.num_attention_heads, SequenceGroup.from_mesh(on.mesh["ulysses"]))
     narrow = torch.bfloat16 if precision == "bfloat16" else None
     # Inputs are never cast: timesteps and rotary tables stay wide.
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)

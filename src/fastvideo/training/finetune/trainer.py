@@ -124,7 +124,9 @@ class Finetuner:
             return self._run()
         import torch._dynamo  # here, because it takes a second
 
-        count = 8 + len(set(map(self.config.sparsity_at, range(self.config.max_steps)))) * self.batches.num_shapes
+        num_levels = len(set(map(self.config.sparsity_at, range(self.config.max_steps))))
+        # Two graphs each: what enters the first block isn't what leaves another.
+        count = 8 + 2 * num_levels * self.batches.num_shapes
         with torch._dynamo.config.patch(recompile_limit=count, accumulated_recompile_limit=max(256, 2 * count)):
             return self._run()
 
