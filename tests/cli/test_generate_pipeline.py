@@ -236,6 +236,8 @@ def test_everything_that_is_missing_is_said_at_once(folder: Path, tmp_path: Path
 
 REFUSALS = {
     "size": (["--size", "64"], "expected --size WIDTHxHEIGHT"),
+    "width": (["--size", "100x32"], "a width that is a multiple of 16, got 100; take 96 or 112"),
+    "frames between": (["--frames", "11"], "take 9 or 13"),
     "frames": (["--frames", "0"], "--frames of at least 1"),
     "two wishes": (["--backend", "TORCH_SDPA", "--sparsity", "0.5"], "--backend and --sparsity all say"),
     "scale": (["--scale", "2"], "--scale is for the bundled model"),
@@ -249,7 +251,7 @@ REFUSALS = {
     "timesteps": (["--timesteps", "500", "900"], "--timesteps that fall"),
     "steps twice": (["--timesteps", "900"], "leave out --steps"),
     "frames per second": (["--fps", "0"], "--fps of at least 1"),
-    "sparsity": (["--sparsity", "1"], "sparsity"),
+    "sparsity": (["--sparsity", "1"], "--sparsity in [0, 1), got 1.0"),
 }
 
 

@@ -117,6 +117,8 @@ def _policy(args: argparse.Namespace, folder: PipelineFolder) -> AttentionPolicy
             f"{folder.path} has gates of Video Sparse Attention in {', '.join(folder.gated)}, so that is what runs: "
             f"leave out --{given[0]}, or give --sparsity"
         )
+    if args.sparsity is not None and not 0 <= args.sparsity < 1:
+        raise ValueError(f"expected --sparsity in [0, 1), got {args.sparsity}")
     if args.policy is not None:
         return parse_policy(args.policy)
     if args.backend is not None:
@@ -184,7 +186,26 @@ def _accepted_arguments(pipe: Any, wanted: dict[str, Any]) -> dict[str, Any]:
         )
     if unknown := sorted(set(wanted) - set(parameters)):
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave the option out")
+    if type(pipe).__name__ == "WanPipeline":
+        _check_wan_size(pipe, wanted)
     return wanted
+
+
+def _check_wan_size(pipe: Any, wanted: dict[str, Any]) -> None:
+    """Refuse a size that the pipeline would round, with a warning at most."""
+    model = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    for name, edge in (("height", model.config.patch_size[1]), ("width", model.config.patch_size[2])):
+        multiple = pipe.vae_scale_factor_spatial * edge
+        if wanted.get(name, 0) % multiple:
+            below = wanted[name] // multiple * multiple
+            nearest = f"{below} or {below + multiple}" if below else str(multiple)
+            raise ValueError(f"expected a {name} that is a multiple of {multiple}, got {wanted[name]}; take {nearest}")
+    between, frames = pipe.vae_scale_factor_temporal, wanted.get("num_frames", 1)
+    if (frames - 1) % between:
+        below = (frames - 1) // between * between + 1
+        raise ValueError(
+            f"expected --frames that is a multiple of {between} and one more, got {frames}; take {below} or {below + between}"
+        )
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -193,12 +193,15 @@ def test_two_processes_equal_one(folders: Path, killed: Path, one: Path, tmp_pat
     """Sharing sequences, sharing batches, and going on with what one process began."""
     resumed = tmp_path / "resumed"
     shutil.copytree(killed, resumed)
+    evaluated = ["--held-out", f"{folders}/held_out", "--eval-interval", "4"]
     runs = [
-        ("run", arguments(folders, tmp_path / "sequences", sequence_parallel=2, accumulation=2)),
+        ("run", [*arguments(folders, tmp_path / "sequences", sequence_parallel=2, accumulation=2), *evaluated]),
         ("run", arguments(folders, tmp_path / "batches")),
         ("run", [*arguments(folders, resumed, sequence_parallel=2), "--resume"]),
     ]
     assert run_program(runs, 2) == [0, 0]
+    mine, theirs = (read(path, "held_out")[-1]["loss"] for path in (tmp_path / "sequences", one))
+    assert mine == pytest.approx(theirs, rel=2e-3)
     expected = WanTransformer3DModel.load(one / "model").state_dict()
     for name in ("sequences", "batches", "resumed"):
         assert losses(tmp_path / name) == pytest.approx(losses(one), rel=2e-4), name

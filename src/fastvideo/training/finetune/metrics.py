@@ -21,13 +21,13 @@ class Metrics:
     Args:
         folder: Where the run keeps its files.
         resumed_at: The finished steps of the checkpoint that a run continues from: later lines, of steps that are run again,
-            are dropped. `None` starts the file anew.
+            are dropped. `None` or 0 starts the file anew.
     """
 
     def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         self.path = folder / METRICS_NAME
         kept = []
-        if resumed_at is not None and self.path.is_file():
+        if resumed_at and self.path.is_file():
             # The last line may be cut off where the run was killed.
             lines = [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line).get("step", 0) <= resumed_at]
