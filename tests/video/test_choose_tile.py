@@ -120,8 +120,9 @@ def test_bad_aspect(max_aspect) -> None:
 
 def test_names_of_tiles() -> None:
     assert resolve_tile("auto", (21, 30, 52)) == (3, 5, 4)
+    assert resolve_tile("auto128", (21, 45, 80)) == choose_tile((21, 45, 80), 128).tile_tyx
     assert resolve_tile([2, 3, 4], (21, 30, 52)) == (2, 3, 4)
-    with pytest.raises(ValueError, match="'auto', got 'automatic'"):
+    with pytest.raises(ValueError, match="'auto' or 'auto128', got 'automatic'"):
         resolve_tile("automatic", (21, 30, 52))
 
 

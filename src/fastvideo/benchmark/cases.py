@@ -24,10 +24,10 @@ from fastvideo.block_sparse import (
     video_geometry,
     video_sparse_attention,
 )
-from fastvideo.block_sparse.impl import IMPLEMENTATIONS
+from fastvideo.block_sparse.impl import IMPLEMENTATIONS, choose_implementation
 from fastvideo.block_sparse.selection import select_tiles
 from fastvideo.video import TileGrid
-from fastvideo.video.choose_tile import choose_tile, resolve_tile
+from fastvideo.video.choose_tile import AUTO, resolve_tile
 
 __all__ = ["AUTOMATIC", "Case", "make_cases", "parse_tile"]
 
@@ -70,10 +70,8 @@ def parse_tile(text: str, grid_tyx: tuple[int, int, int]) -> tuple[int, int, int
         >>> parse_tile("4x4x8", (21, 45, 80)), parse_tile("auto", (21, 45, 80))
         ((4, 4, 8), (3, 5, 4))
     """
-    if text == "auto128":
-        return choose_tile(grid_tyx, 128).tile_tyx
-    if text == AUTOMATIC:
-        return resolve_tile(AUTOMATIC, grid_tyx)
+    if text in AUTO:
+        return resolve_tile(text, grid_tyx)
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"expected a tile like 4x4x4, 'auto' or 'auto128', got {text!r}")
@@ -125,7 +123,14 @@ def _as_impl(impl: str) -> str | None:
     return None if impl == AUTOMATIC else impl
 
 
-def _label(backend: str, impl: str, tile_tyx: tuple[int, int, int]) -> str:
+def _label(backend: str, impl: str, tile_tyx: tuple[int, int, int], shape: BenchmarkShape, inputs: Inputs) -> str:
+    """Backend, implementation and tile; an automatic choice is named."""
+    if impl == AUTOMATIC:
+        grid = TileGrid(shape.grid_tyx, tile_tyx)
+        layout = video_geometry(grid, inputs.query.device).video_tiles
+        lists = torch.zeros(1, 1, grid.num_tiles, 1, dtype=torch.int32, device=inputs.query.device)
+        chosen, _ = choose_implementation(inputs.query, inputs.key, inputs.value, BlockPattern(layout, layout, lists))
+        impl = f"{AUTOMATIC}: {chosen}"
     return f"{backend}[{impl}] {'x'.join(map(str, tile_tyx))}"
 
 
@@ -145,7 +150,7 @@ def _layer(shape: BenchmarkShape, inputs: Inputs, sparsity: float, tile_tyx: tup
         return select_tiles(means[0] * shape.head_size**-0.5, means[1], num_kept)
 
     return Case(
-        _label(VSA, impl, tile_tyx),
+        _label(VSA, impl, tile_tyx, shape, inputs),
         call,
         True,
         lambda: Attended(lists(), None, layout, has_coarse=True),
@@ -169,7 +174,7 @@ def _fine(shape: BenchmarkShape, inputs: Inputs, kind: str, sparsity: float, imp
         return block_sparse_attention(query, key, value, pattern(), impl=_as_impl(impl))
 
     return Case(
-        _label("block_sparse", impl, tile_tyx),
+        _label("block_sparse", impl, tile_tyx, shape, inputs),
         call,
         False,
         lambda: Attended(pattern().indices, None, layout),

@@ -67,7 +67,7 @@ def video_sparse_attention(
         sparsity: Share of tiles to drop, in [0, 1). 0 is dense attention (plus the gated coarse part).
         gate: `[B, S, Hq, D]` or `[B, S + R, Hq, D]`, of which the text rows are not read; None for no coarse part.
         tile_tyx: Tokens of a tile; tiles at the far edges may be smaller. `"auto"` picks that of at most 64 tokens which costs
-            least on this grid (`fastvideo.video.choose_tile`).
+            least on this grid, `"auto128"` of at most 128 (`fastvideo.video.choose_tile`).
         replicated: Query, key and value of the text, `[B, R, H, D]`, where `query`, `key` and `value` are the video alone; they
             are copied behind it. Callers that hold both in one tensor say `num_replicated` instead.
         scale: Factor of all scores, any finite number; None means `1 / sqrt(D)`.

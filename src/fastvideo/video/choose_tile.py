@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from fastvideo.compilation import constant_while_tracing
 from fastvideo.video.tiles import as_tyx
 
-AUTO = "auto"
-"""What `tile_tyx` may say instead of three integers."""
+AUTO = {"auto": 64, "auto128": 128}
+"""What `tile_tyx` may say instead of three integers, and the tokens that a tile may then have at most."""
 
 _QUERY_BLOCK, _KEY_GRANULE = 64, 16
 _MAX_TOKENS = 64
@@ -112,7 +112,7 @@ def choose_tile(grid_tyx: Sequence[int], max_tokens: int = _MAX_TOKENS, *, max_a
 
 @constant_while_tracing
 def resolve_tile(tile_tyx: Sequence[int] | str, grid_tyx: Sequence[int]) -> tuple[int, int, int]:
-    """The tile that `tile_tyx` names: itself, or for `"auto"` that of `choose_tile`.
+    """The tile that `tile_tyx` names: itself, or that of `choose_tile` for `"auto"` (64 tokens at most) and `"auto128"`.
 
     Raises:
         ValueError: For another string, or anything but three integers of at least 1 each.
@@ -122,9 +122,10 @@ def resolve_tile(tile_tyx: Sequence[int] | str, grid_tyx: Sequence[int]) -> tupl
         ((3, 5, 4), (4, 4, 4))
     """
     if isinstance(tile_tyx, str):
-        if tile_tyx != AUTO:
-            raise ValueError(f"expected tile_tyx to be three integers (t, y, x) or 'auto', got {tile_tyx!r}")
-        return choose_tile(grid_tyx).tile_tyx
+        if tile_tyx not in AUTO:
+            names = " or ".join(map(repr, AUTO))
+            raise ValueError(f"expected tile_tyx to be three integers (t, y, x) or {names}, got {tile_tyx!r}")
+        return choose_tile(grid_tyx, AUTO[tile_tyx]).tile_tyx
     return as_tyx("tile_tyx", tile_tyx)
 
 
