@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastvideo.distributed.agreement import explain_transport_error
 from fastvideo.distributed.mesh import SequenceGroup
 
 __all__ = [
@@ -140,9 +141,18 @@ def start(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
     return _functional.all_to_all_single(pack(x, route.send), received, sent, name)  # type: ignore[no-any-return]
 
 
-def wait(started: torch.Tensor) -> torch.Tensor:
-    """Wait for what `start` returned."""
-    return _functional.wait_tensor(started)  # type: ignore[no-any-return]
+def wait(started: torch.Tensor, name: str) -> torch.Tensor:
+    """Wait for what `start` returned.
+
+    Raises:
+        RanksDisagree: The transport failed; the message says which rank is gone, where that is known.
+    """
+    if torch.compiler.is_compiling():
+        return _functional.wait_tensor(started)  # type: ignore[no-any-return]
+    try:
+        return _functional.wait_tensor(started)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise explain_transport_error(error, name) from error
 
 
 def pack(x: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -208,21 +218,21 @@ def _is_in_order(cut: Cut, length: int) -> bool:
 class _Launch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, route: Route, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.route = route
+        ctx.route, ctx.name = route, name
         received = start(x, route, name)
         ctx.mark_non_differentiable(received)
         return received, x.new_empty(1).expand(sum(_counts(route.send, route.source)))
 
     @staticmethod
     def backward(ctx: Any, _received: torch.Tensor, returned: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return unpack(wait(returned), ctx.route.send, ctx.route.source), None, None
+        return unpack(wait(returned, ctx.name), ctx.route.send, ctx.route.source), None, None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, received: torch.Tensor, _sent: torch.Tensor, route: Route, name: str) -> torch.Tensor:
         ctx.route, ctx.name = route, name
-        return unpack(wait(received), route.receive, route.shape)
+        return unpack(wait(received, name), route.receive, route.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
@@ -237,4 +247,4 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return wait(_functional.all_reduce(grad.contiguous(), "sum", ctx.name)), None
+        return wait(_functional.all_reduce(grad.contiguous(), "sum", ctx.name), ctx.name), None

@@ -228,9 +228,9 @@ class _Parts(torch.autograd.Function):
             else:
                 route = step.fetch.back()
                 sent = start(part_kv, route, name)
-                _add_arrived(grad_kv, on_the_way)
+                _add_arrived(grad_kv, on_the_way, name)
                 on_the_way = (sent, route)
-        _add_arrived(grad_kv, on_the_way)
+        _add_arrived(grad_kv, on_the_way, name)
         grad_key, grad_value = grad_kv.to(key.dtype).unbind(0)
         return (
             grad_query.to(query.dtype),
@@ -245,13 +245,13 @@ class _Parts(torch.autograd.Function):
         )
 
 
-def _add_arrived(grad_kv: torch.Tensor, on_the_way: tuple[torch.Tensor, Route] | None) -> None:
+def _add_arrived(grad_kv: torch.Tensor, on_the_way: tuple[torch.Tensor, Route] | None, name: str) -> None:
     if on_the_way is not None:
         started, route = on_the_way
         for part in route.receive.parts:
             for first, last in part:  # one interval, from the rank that was shown these keys
                 shape = (*route.shape[:2], last - first, *route.shape[3:])
-                grad_kv[:, :, first:last] += wait(started).view(shape)
+                grad_kv[:, :, first:last] += wait(started, name).view(shape)
 
 
 class _Keys:
@@ -281,7 +281,7 @@ class _Keys:
             first, last = step.keys
             k, v = (x[:, first:last] for x in self._own)
         else:
-            k, v = unpack(wait(started), step.fetch.receive, step.fetch.shape).unbind(0)
+            k, v = unpack(wait(started, self._name), step.fetch.receive, step.fetch.shape).unbind(0)
         self._next = self._start(number + 1)
         if number == 0 and self._more is not None:
             k, v = torch.cat([k, self._more[0]], dim=1), torch.cat([v, self._more[1]], dim=1)

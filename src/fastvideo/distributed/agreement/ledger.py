@@ -173,7 +173,7 @@ class Ledger:
 
     def _wait_for_peers(self, number: int, fields: Fields, timeout: float) -> None:
         start = time.monotonic()
-        pause, next_look = 0.0, start + _LOOK_EVERY
+        pause, next_look = 1e-4, start + _LOOK_EVERY
         while True:
             now = time.monotonic()
             looks = now >= next_look
@@ -191,7 +191,7 @@ class Ledger:
                 if now - start >= timeout:
                     raise self._give_up(number, fields, missing, timeout)
             time.sleep(pause)
-            pause = min(0.005, 1.5 * pause + 1e-5)
+            pause = min(0.005, 2 * pause)
 
     def _calls_of_peers(self, number: int, with_answers: bool) -> dict[int, Fields]:
         """Return by place what peers published as their call `number`."""
