@@ -72,7 +72,7 @@ def test_heads_go_for_tokens_and_come_back(lengths: list[int], heads: int, is_cu
         arrived = send([pieces[number] for pieces in cut], there)
         for rank, (start, stop) in enumerate(owners):
             assert torch.equal(arrived[rank], x[:, :, start:stop])
-        home = [token_route(arrived[rank].shape, owners, lengths, rank) for rank in range(size)]
+        home = [token_route(arrived[rank].shape, owners, lengths, rank, is_group=is_cut) for rank in range(size)]
         for rank, piece in enumerate(send(arrived, home)):
             back[rank].append(piece)
     for rank, shard in enumerate(shards(x, 1, lengths)):

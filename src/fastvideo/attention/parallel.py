@@ -74,7 +74,8 @@ def place(
         NotImplementedError: Sending in float8 with a gradient, or in a layout that lacks it.
         BackendUnavailable: Nothing that may run can.
     """
-    names = ranked_layouts(wish, group, needs_whole_sequence=needs_whole_sequence, **as_planned(call, head_groups))
+    planned = as_planned(call, head_groups) if wish == "auto" and group.size > 1 else {}
+    names = ranked_layouts(wish, group, needs_whole_sequence=needs_whole_sequence, **planned)
     for name in names:
         layout = resolve_layout(name, group)
         grouped = replace(call, head_groups=num_head_groups(call, layout, head_groups))
@@ -176,7 +177,7 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         part = _with_heads(part, groups, number, ulysses.rank, *heads[:2])
         output, rest = _attend_over_heads(part, layout, chosen)
         output = call.packed(output)
-        route = token_route(output.shape, shares.query, rows[row], ulysses.rank)
+        route = token_route(output.shape, shares.query, rows[row], ulysses.rank, is_group=len(groups) > 1)
         leaving.append(launch_exchange(output, route, ulysses))
         if rest is not None:
             route = gather_route(rest.shape, 2, [stop - start for start, stop in shares.query])

@@ -151,11 +151,26 @@ def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequenc
     return Route(by_heads, consecutive(1, lengths), tuple(shape), (shape[0], sum(lengths), stop - start, shape[-1]))
 
 
-def token_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
-    """Return the route of `[B, S, h, D]` back to `[B, S_r, H, D]`; `heads` are every head once, or a group of each rank's."""
-    batch, _, _, head_size = shape
+def token_route(
+    shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int, *, is_group: bool = False
+) -> Route:
+    """Return the route of all tokens of a rank's heads back to its tokens of all heads.
+
+    Args:
+        shape: `[B, S, h, D]`.
+        heads: Heads of each rank.
+        lengths: Tokens of each rank.
+        rank: This rank.
+        is_group: They are one group of each rank's heads, as many for every rank, for `join_heads`.
+
+    Returns:
+        The route to `[B, S_r, H, D]`, or for a group `[B, S_r, P, h, D]`, which then needs no copy of its own.
+    """
+    batch, _, num_heads, head_size = shape
     counts = [stop - start for start, stop in heads]
-    return Route(consecutive(1, lengths), consecutive(2, counts), tuple(shape), (batch, lengths[rank], sum(counts), head_size))
+    by_rank = consecutive(2, (1,) * len(heads) if is_group else counts)
+    own = (len(heads), num_heads) if is_group else (sum(counts),)
+    return Route(consecutive(1, lengths), by_rank, tuple(shape), (batch, lengths[rank], *own, head_size))
 
 
 def tokens_to_heads(tensors: Sequence[torch.Tensor], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
