@@ -327,7 +327,8 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         clip, layer = draw_clip(8, kv_heads=2), StreamingAttention(HEADS, HEAD_SIZE, num_kv_heads=2)
         with sequence_parallel(None):
             expected = stream(layer, KVCache(1, 2, HEAD_SIZE, **options), clip, [2] * 4)
-        cache = KVCache(1, 2, HEAD_SIZE, **options)
+        with sequence_parallel(None):  # what the layer's own mesh says counts more
+            cache = KVCache(1, 2, HEAD_SIZE, mesh=dist.group.WORLD, **options)
         run, worst = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer, 0.0
         for chunk in range(4):
             first = (2 * chunk + rank) * TOKENS  # a chunk of two frames: this rank's shard is one of them

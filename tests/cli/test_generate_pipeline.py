@@ -152,6 +152,10 @@ def test_gates_are_kept(folder: Path, gated: Path, tmp_path: Path, capsys) -> No
     assert (sheet(tmp_path / "b.mp4") - expected).abs().max() <= 1
     assert generate(gated, tmp_path / "c.mp4", "--timesteps", "1000", "757", "522", "--guidance", "1", steps=False) == 0
     assert "sparsity 0.8: " in capsys.readouterr().out
+    config = json.loads((tmp_path / "zero" / "transformer" / "config.json").read_text())
+    (tmp_path / "zero" / "transformer" / "config.json").write_text(json.dumps({**config, "_sparsity": 0.25}))
+    assert generate(tmp_path / "zero", tmp_path / "d.mp4") == 0
+    assert "sparsity 0.25: " in capsys.readouterr().out
     assert generate(gated, tmp_path / "d.mp4", "--backend", "TORCH_SDPA") == 2
     assert "leave out --backend" in capsys.readouterr().err
 

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.validation import _FLOAT_DTYPES
-from fastvideo.distributed.mesh import current_sequence_group
+from fastvideo.distributed.mesh import SequenceGroup, as_sequence_group, current_sequence_group
 from fastvideo.distributed.ulysses import check_heads
 
 __all__ = ["KVCache", "Masking", "StreamingMetadata", "block_causal_mask"]
@@ -61,8 +63,8 @@ class KVCache:
     A chunk is planned once, run as often as the sampler likes (each run overwrites the chunk's own slots, so the last one
     counts, in diffusion that of the clean chunk), and made past by `advance()`.
 
-    Where a sequence is shared by several devices, each keeps all tokens of its share of the heads: build the cache inside
-    the same `sequence_parallel` scope that the model runs in.
+    Where a sequence is shared by several devices, each keeps all tokens of its share of the heads: build the cache with the
+    layers' mesh, or inside the `sequence_parallel` scope that they run in.
 
     Args:
         batch: Videos.
@@ -81,8 +83,10 @@ class KVCache:
             full. Chunks of one block need a mask in the last two only where `max_chunk_frames` is more.
         dtype: Dtype of keys and values.
         device: Where they are.
+        mesh: The devices that share the sequence, as for `StreamingAttention`.
 
     Raises:
+        NotImplementedError: The devices form a ring.
         TypeError: A size is no integer, or the dtype is no floating dtype of attention.
         ValueError: A size is out of range, or sizes don't fit each other.
 
@@ -112,6 +116,7 @@ class KVCache:
         masking: Masking = "until_full",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        mesh: DeviceMesh | ProcessGroup | SequenceGroup | None = None,
     ) -> None:
         sizes = {
             "batch": batch,
@@ -135,7 +140,7 @@ class KVCache:
         # A chunk's first frame still needs its window after the chunk's last frame is written.
         slack = 0 if self._max_frames is not None else self.max_chunk_frames - block_frames
         self._ring = self.window_frames + slack
-        group = current_sequence_group()
+        group = current_sequence_group(as_sequence_group(mesh))
         check_heads(num_kv_heads, num_kv_heads, group)
         shape = (2, batch, self.capacity * tokens_per_frame, num_kv_heads // group.size, head_size)
         # An inference tensor couldn't be written to outside inference mode.

@@ -9,11 +9,13 @@ Shape legend: B batch, S tokens of a chunk (of this device), C slots in tokens, 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.attention.backends.abstract import AttentionLayer, AttentionMetadata
 from fastvideo.attention.dispatch import check_sequence, find_metadata
 from fastvideo.attention.functional import describe_call, forward_extras, run_impl
 from fastvideo.attention.kv_cache import StreamingMetadata
@@ -142,6 +144,10 @@ class StreamingAttention(_AttentionLayer):
         return output if group.size == 1 else heads_to_tokens(output, group)
 
 
+if TYPE_CHECKING:
+    _is_a_layer_of_the_contract: type[AttentionLayer] = StreamingAttention
+
+
 def _check_cache(kv_cache: torch.Tensor, key: torch.Tensor, step: StreamingMetadata, world_size: int) -> None:
     """Check a cache against a chunk's key, `[B, S, H_kv, D]` of this device."""
     if not isinstance(kv_cache, torch.Tensor):
@@ -152,7 +158,7 @@ def _check_cache(kv_cache: torch.Tensor, key: torch.Tensor, step: StreamingMetad
         raise ValueError(
             f"expected kv_cache [2, batch, slots, num_kv_heads, head_size] = [2, {batch}, C, {expected[2]}, {head_size}] for "
             f"keys {tuple(key.shape)} on {world_size} device(s), got {tuple(kv_cache.shape)}; build the KVCache for this "
-            "model, inside the sequence_parallel scope that the model runs in"
+            "model, with its mesh or inside the sequence_parallel scope that it runs in"
         )
     if kv_cache.shape[2] < step.num_keys:
         raise ValueError(

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from fastvideo.cli.media import contact_sheet, write_mp4, write_png
 from fastvideo.cli.pipeline_folder import PipelineFolder, load_pipeline, read_pipeline_folder
 from fastvideo.integrations import AttentionPolicy, Rule
-from fastvideo.models.wan.checkpoint import read_json
+from fastvideo.models.wan.checkpoint import CONFIG_NAME, SPARSITY_NOTE, read_json
 
 __all__ = ["generate_with_pipeline", "parse_policy"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GATED_SPARSITY = 0.8
-"""What FastWan's checkpoints were trained at."""
+"""What FastWan's checkpoints, which don't say it, were trained for."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def generate_with_pipeline(args: argparse.Namespace, rank: int, device: torch.de
     folder = read_pipeline_folder(args.model)
     policy = _policy(args, folder)
     dtype = _DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = load_pipeline(folder, device, dtype, _GATED_SPARSITY if args.sparsity is None else args.sparsity)
+    pipe = load_pipeline(folder, device, dtype)
     if args.timesteps:
         pipe.scheduler = _few_step_scheduler(args.timesteps)
     arguments = _accepted_arguments(pipe, wanted)
@@ -131,7 +131,8 @@ def _policy(args: argparse.Namespace, folder: PipelineFolder) -> AttentionPolicy
 def _set_attention(pipe: Any, folder: PipelineFolder, policy: AttentionPolicy | None, sparsity: float | None = None) -> str:
     """Put this system's attention on the pipeline, or take it off for `None`; return the plan for people."""
     if folder.gated:
-        value = 0.0 if policy is None else _GATED_SPARSITY if sparsity is None else sparsity
+        trained_for = read_json(folder.path / folder.gated[0] / CONFIG_NAME).get(SPARSITY_NOTE, _GATED_SPARSITY)
+        value = 0.0 if policy is None else float(trained_for) if sparsity is None else sparsity
         for name in folder.gated:
             getattr(pipe, name).set_sparsity(value)
         return f"self attention by VIDEO_SPARSE_ATTN with gates, sparsity {value:g}"

@@ -99,14 +99,13 @@ def _check_component(folder: Path, class_name: str) -> frozenset[str]:
     return frozenset(name for path in sorted(files) for name in read_header(path))
 
 
-def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dtype, sparsity: float = 0.0) -> Any:
-    """Load a pipeline. Transformers with gates become ours; every weight of the others must find its place.
+def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a pipeline. Transformers with gates become ours, at sparsity 0; every weight of the others must find its place.
 
     Args:
         folder: What is loaded.
         device: Where to.
         dtype: Of all weights but the VAE's, which decodes in float32.
-        sparsity: Of transformers with gates.
 
     Raises:
         ImportError: diffusers or transformers is missing.
@@ -136,7 +135,7 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
     )
     for name in folder.gated:
         model = WanTransformer3DModel.load(folder.path / name, dtype=dtype)
-        pipe.register_modules(**{name: WanInPipeline(model, sparsity)})
+        pipe.register_modules(**{name: WanInPipeline(model)})
     for name, component in pipe.components.items():
         if name.startswith("transformer") and name not in folder.gated and component is not None:
             _check_all_used(folder.path / name, component, folder.weights[name])

@@ -21,6 +21,7 @@ from fastvideo.cli import main
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
+from fastvideo.models.wan.checkpoint import read_json
 from fastvideo.training.finetune.batches import BatchSource
 from fastvideo.training.finetune.benchmark import model_flops
 from fastvideo.training.finetune.config import FinetuneConfig
@@ -154,6 +155,7 @@ def test_a_run_equals_a_plain_loop(folders: Path, one: Path) -> None:
             assert lines[step]["sparsity"] == sparsity
     exported = WanTransformer3DModel.load(one / "model")
     assert exported.config.has_gate
+    assert read_json(one / "model" / "config.json")["_sparsity"] == 0.5
     for name, parameter in exported.named_parameters():
         torch.testing.assert_close(parameter, average[name], rtol=1e-3, atol=1e-5)
     gates = [p for name, p in exported.named_parameters() if name.endswith("to_gate_compress.weight")]

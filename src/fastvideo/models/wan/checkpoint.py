@@ -15,6 +15,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
 GATE_NAME = "to_gate_compress"
+SPARSITY_NOTE = "_sparsity"
+"""Under which `config.json` notes the sparsity that a model was trained for."""
 
 # These stay in float32 where the other weights are narrowed: they are small, and errors in them reach every token.
 _FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm2")

@@ -13,6 +13,7 @@ Shape legend: N examples of a shard, C latent channels, T, Y, X latent frames, r
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class LatentFolder:
         Raises:
             ValueError: They hold NaN or infinity.
         """
-        shard = next(shard for shard in reversed(self._shards) if shard.first <= index)
+        shard = self._shards[bisect.bisect_right(self._shards, index, key=lambda shard: shard.first) - 1]
         row, file = index - shard.first, self._open(shard.path)
         latent, text = (file.get_slice(name)[row] for name in ("latents", "text"))
         for name, tensor in (("latents", latent), ("text", text)):

@@ -25,7 +25,7 @@ from fastvideo.distributed import sequence_parallel
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.wan import WanTransformer3DModel
-from fastvideo.models.wan.checkpoint import write_folder
+from fastvideo.models.wan.checkpoint import SPARSITY_NOTE, write_folder
 from fastvideo.training.finetune.batches import Batch, BatchSource
 from fastvideo.training.finetune.checkpoint import check_settings, last_checkpoint, load_checkpoint, save_checkpoint
 from fastvideo.training.finetune.config import FinetuneConfig
@@ -259,7 +259,8 @@ class Finetuner:
                 dtype = torch.float32 if self.config.precision == "float32" or is_replicated(name) else torch.bfloat16
                 weights[name] = whole.to("cpu", dtype)
         if self.on.rank == 0:
-            write_folder(folder, self.model.config.to_dict(), weights)
+            notes = {SPARSITY_NOTE: self.config.sparsity} if self.config.attention == "vsa" else {}
+            write_folder(folder, {**self.model.config.to_dict(), **notes}, weights)
 
     def _record_training(self, step: int, loss: float, norm: float, tokens_per_second: float) -> None:
         line = {
