@@ -282,7 +282,10 @@ def _pack_queries(
     """Statistics of some query heads, `[heads * R, 2]`, and their queries and gradients as rows."""
     packed, (_, num_queries, num_heads, head_size) = call.queries, call.query.shape
     stats = lse.new_empty(heads * packed.max_rows, 2)
-    rows = None if in_place else call.query.new_empty(2, heads * packed.max_rows, head_size)
+    rows = in_place
+    if rows is None:
+        first, second = call.query.new_empty(2, heads * packed.max_rows, head_size)
+        rows = Rows(first, second, 0, packed.max_rows, 0)
     out, lse = out.contiguous(), lse.contiguous()
     pack_queries_kernel[(heads * packed.max_blocks,)](
         call.query,
@@ -290,8 +293,8 @@ def _pack_queries(
         out,
         lse,
         dlse,
-        None if rows is None else rows[0],
-        None if rows is None else rows[1],
+        rows.first,
+        rows.second,
         stats,
         packed.row_token,
         packed.counts,
@@ -301,14 +304,10 @@ def _pack_queries(
         num_heads,
         num_queries,
         D=head_size,
-        PACK=rows is not None,
+        PACK=in_place is None,
         num_warps=4,
     )
-    if in_place is not None:
-        return stats, in_place
-    if rows is None:
-        raise AssertionError("unreachable: rows are packed unless they are in place")
-    return stats, Rows(rows[0], rows[1], 0, packed.max_rows, 0)
+    return stats, rows
 
 
 def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_head: int, heads: int) -> None:
