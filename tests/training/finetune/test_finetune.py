@@ -231,6 +231,18 @@ def test_bfloat16_compiled_without_recomputation(folders: Path, one: Path, tmp_p
     assert exported.proj_out.weight.dtype == torch.bfloat16
 
 
+def test_bfloat16_narrows_what_the_model_narrows(folders: Path) -> None:
+    """Timesteps, rotary tables, the timestep embedder and the modulation tables stay wide, as in a model loaded in bfloat16."""
+    video, text = torch.randn(2, *LATENTS[0]).bfloat16(), torch.randn(2, 5, 8).bfloat16()
+    timestep = torch.tensor([993.7, 17.3])
+    narrowed = WanTransformer3DModel.load(folders / "model", attention="vsa", dtype=torch.bfloat16)
+    with torch.no_grad(), set_forward_context(0, narrowed.attention_metadata(LATENTS[0][1:], 0, 0.5)):
+        expected = narrowed(video, timestep, text)
+        with devices("cpu") as on:
+            found = load_sharded(folders / "model", "vsa", on, "bfloat16")(video, timestep, text)
+    assert torch.equal(found, expected)
+
+
 def test_a_dense_run_stops_in_time_and_resumes(folders: Path, tmp_path: Path) -> None:
     changes = {"attention": "dense", "max_steps": 3, "text_dropout": 0}
     assert main([*arguments(folders, tmp_path, **changes), "--max-seconds", "0"]) == 3
