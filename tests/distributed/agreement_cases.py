@@ -24,7 +24,7 @@ from fastvideo.distributed.agreement import RanksDisagree, agree
 from fastvideo.distributed.mesh import SequenceGroup
 
 RANK, SIZE, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 functional = torch.ops._c10d_functional
 
 

@@ -3,7 +3,8 @@
 Each rank publishes what it is about to do in the store of the process group, out of band, and compares it with its peers'
 words. When it does so is the mode (`FASTVIDEO_AGREEMENT`):
 
-- `"every"`, the thorough one: at every call. One round trip to the store, 0.1 to 0.3 ms of host time.
+- `"every"`, the thorough one: at every call. One round trip to the store and the wait for the slowest peer's, about 0.3 ms of
+  host time on one machine.
 - `"new"`: at a call that isn't the only one ever seen to follow the call before. A call that is costs a dictionary lookup,
   3 µs. Peers that went ahead are then inside the transport; the watchdog tells them and aborts the process group.
 - `"auto"`, the default: `"new"` on CUDA, whose transport (NCCL) can be aborted; `"every"` elsewhere, because gloo can't, and
