@@ -209,7 +209,6 @@ class _Parts(torch.autograd.Function):
             k, v = parts.of_step(number)
             num_more = parts.num_more if number == 0 else 0
             first, last = step.rows
-            part_kv = torch.zeros((2, *k.shape), dtype=key.dtype, device=key.device)
             if last > first and k.shape[1]:
                 rows = slice(first, last)
                 part_mask = _part_mask(mask, step, num_more)
@@ -221,6 +220,8 @@ class _Parts(torch.autograd.Function):
                 part_kv = torch.stack((of_key, of_value))
                 if grad_mask is not None and of_mask is not None:
                     _add_to_mask(grad_mask, of_mask, step, num_more)
+            else:
+                part_kv = torch.zeros((2, *k.shape), dtype=key.dtype, device=key.device)
             if num_more:
                 part_kv, grad_more = torch.split(part_kv, [k.shape[1] - num_more, num_more], dim=2)
             if step.fetch is None:
