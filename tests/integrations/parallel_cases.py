@@ -23,7 +23,17 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import SHARED, call, call_with_gradients, convert, make
 
-from fastvideo.integrations.diffusers import AttentionPolicy, Rule, apply, denoising_step, remove
+from fastvideo.integrations.diffusers import (
+    AttentionPolicy,
+    Gather,
+    ParallelPlan,
+    Rule,
+    Split,
+    apply,
+    denoising_step,
+    remove,
+)
+from fastvideo.integrations.diffusers.wan import WanFamily
 from fastvideo.testing import assert_within_budget
 
 VSA = AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)])
@@ -89,11 +99,57 @@ def recomputed_and_compiled(mesh: Any) -> None:
                 assert torch.allclose(call(model, inputs), expected[step], atol=1e-5)
 
 
+def uneven(mesh: Any) -> None:
+    for name, shape in (("wan", (2, 4, 3, 6, 10)), ("hunyuan", (2, 4, 3, 6, 10)), ("wan", (2, 4, 1, 2, 4))):
+        model, inputs = make(name)
+        inputs["hidden_states"] = torch.randn(shape)  # 45 tokens, and 2
+        for policy in (AttentionPolicy(), VSA):
+            apply(model, policy)
+            alone = call_with_gradients(model, inputs)
+            apply(model, policy, parallel=mesh)
+            for key, tensor in average(call_with_gradients(model, inputs)).items():
+                scale = float(alone[key].abs().max())
+                assert torch.allclose(tensor, alone[key], atol=2e-5 * scale), f"{name} {shape} {key}"
+
+
+def other_layouts(_mesh: Any) -> None:
+    ring = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+    for name in ("wan", "hunyuan"):
+        model, inputs = make(name)
+        alone = call_with_gradients(model, inputs)
+        for layout in ("ring", "gather"):
+            apply(model, parallel=ParallelPlan(ring, layout=layout))
+            for key, tensor in average(call_with_gradients(model, inputs)).items():
+                scale = float(alone[key].abs().max())
+                assert torch.allclose(tensor, alone[key], atol=2e-5 * scale), f"{name} {layout} {key}"
+    with pytest.raises(ValueError, match="layout"):
+        apply(model, parallel=ParallelPlan(ring, layout="square"))
+    wrong = {"": {"hidden_states": Split(1, of_output=True)}}
+    with pytest.raises(ValueError, match="name the module that makes it"):
+        apply(model, parallel=ParallelPlan(ring, shards=wrong))
+    with pytest.raises(AttributeError, match="nowhere"):
+        apply(model, parallel=ParallelPlan(ring, shards={"nowhere": Gather(1)}))
+    # Refused calls have changed nothing.
+    assert torch.allclose(call(model, inputs), alone["output"], atol=1e-5)
+    model, inputs = make("wan")
+    expected = call(model, inputs)
+    shards = WanFamily().shard_plan(model)
+    earlier = {**{path: entry for path, entry in shards.items() if path != "proj_out"}, "norm_out": Gather(1)}
+    apply(model, parallel=ParallelPlan(ring, shards=earlier))
+    assert torch.allclose(call(model, inputs), expected, atol=1e-5)
+    apply(model, parallel=ParallelPlan(ring, shards={path: entry for path, entry in shards.items() if path != "rope"}))
+    with pytest.raises(RuntimeError, match="size of tensor"):  # the plan is followed: positions are left whole
+        call(model, inputs)
+
+
 def refusals(mesh: Any) -> None:
     model, inputs = make("wan")
     apply(model, parallel=mesh)
-    with pytest.raises(ValueError, match="which 2 devices can't share equally"):
-        call(model, {**inputs, "hidden_states": torch.randn(2, 4, 3, 6, 10)})
+    with pytest.raises(ValueError, match="has 1 tokens, fewer than the 2 devices"):
+        call(model, {**inputs, "hidden_states": torch.randn(2, 4, 1, 2, 2)})
+    model.compile_repeated_blocks(backend="eager")
+    with pytest.raises(ValueError, match="apply first, then compile"):
+        apply(model, parallel=mesh)
     model, inputs = make("hunyuan i2v")
     with pytest.raises(NotImplementedError, match="token_replace"):
         apply(model, parallel=mesh)
@@ -122,6 +178,8 @@ def main(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ulysses",))
     report = {name: run(family, name, mesh) for name in SHARED}
     report["recomputed and compiled"] = run(recomputed_and_compiled, mesh)
+    report["uneven shards"] = run(uneven, mesh)
+    report["other layouts"] = run(other_layouts, mesh)
     report["refusals"] = run(refusals, mesh)
     (folder / f"{rank}.json").write_text(json.dumps(report))
     dist.barrier()

@@ -230,6 +230,13 @@ def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"blocks.0.attn1 .* another processor, WanAttnProcessor, after apply"):
         call(model, CASES["wan"].inputs())
     apply(model)
+    model.blocks[0].attn1.processor = foreign = NotOurs()
+    with pytest.raises(ValueError, match="has a processor NotOurs"):
+        apply(model)
+    remove(model)
+    assert model.blocks[0].attn1.processor is foreign
+    model.blocks[0].attn1.processor = model.blocks[1].attn1.processor
+    apply(model)
     # A refused policy changes nothing.
     with pytest.raises(ValueError, match="layers"):
         apply(model, AttentionPolicy(rules=[Rule(layers=9, backend="TORCH_SDPA")]))

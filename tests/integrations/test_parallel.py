@@ -12,7 +12,7 @@ import pytest
 from .tiny_models import SHARED
 
 SCRIPT = Path(__file__).with_name("parallel_cases.py")
-CHECKS = (*SHARED, "recomputed and compiled", "refusals")
+CHECKS = (*SHARED, "recomputed and compiled", "uneven shards", "other layouts", "refusals")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 Importing this doesn't import diffusers.
 """
 
-from fastvideo.integrations.diffusers.application import apply, plan_of, remove
+from fastvideo.integrations.diffusers.application import ParallelPlan, apply, plan_of, remove
 from fastvideo.integrations.diffusers.dispatcher import dispatcher_names, register_dispatcher_names
 from fastvideo.integrations.diffusers.family import (
     Family,
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionPolicy",
     "Family",
     "Gather",
+    "ParallelPlan",
     "Place",
     "Plan",
     "Processor",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,19 +19,40 @@ from fastvideo.integrations.diffusers.family import (
     Processor,
     ShardPlan,
     Site,
+    Split,
     find_family,
     is_known,
     known_models,
 )
 from fastvideo.integrations.diffusers.hooks import ModelHook
-from fastvideo.integrations.diffusers.shards import add_shard_hooks, parameter_names
+from fastvideo.integrations.diffusers.shards import add_shard_hooks, modules_named, parameter_names
 from fastvideo.integrations.diffusers.steps import StepCounter
 from fastvideo.integrations.plan import Plan
 from fastvideo.integrations.policy import AttentionPolicy, as_policy
 
-__all__ = ["Applied", "Plans", "apply", "plan_of", "remove"]
+__all__ = ["Applied", "ParallelPlan", "Plans", "apply", "plan_of", "remove"]
 
 _ATTRIBUTE = "_fastvideo_attention"
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Which devices share a video's tokens, and how.
+
+    Attributes:
+        mesh: A mesh of one dim, one with dims `"ring"` and `"ulysses"` or one of them, or a process group.
+        layout: `"auto"`, `"ulysses"`, `"ring"` or `"gather"`, as of `DistributedAttention`; `fastvideo.distributed.plan`
+            says what each costs.
+        head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed.
+        exchange_dtype: `torch.float8_e4m3fn` sends in 8 bits, at inference; `None` sends tensors as they are.
+        shards: Where a model's tokens are cut and joined, instead of what its family says.
+    """
+
+    mesh: DeviceMesh | ProcessGroup | SequenceGroup
+    layout: str = "auto"
+    head_groups: int | None = None
+    exchange_dtype: torch.dtype | None = None
+    shards: ShardPlan | None = None
 
 
 class Plans(dict[str, Plan]):
@@ -39,22 +62,38 @@ class Plans(dict[str, Plan]):
         return "\n\n".join(f"{name}\n{plan}" for name, plan in self.items())
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """All that `apply` puts on one model."""
+
+    plan: Plan
+    hook: ModelHook
+    shards: ShardPlan
+    group: SequenceGroup
+
+
 class Applied:
     """What `apply` did to one model: enough to show it and to undo it.
 
     Attributes:
         plan: What runs where and when.
+        ours: Our processors, by the names of their attention modules.
+        before: The model's own processors, likewise.
+        handles: The handles of the hooks.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, ours: dict[str, Processor]) -> None:
         self.plan = plan
-        self.processors: dict[str, Any] = {}
+        self.ours = ours
+        self.before: dict[str, Any] = {}
         self.handles: list[Any] = []
 
     def undo(self, model: nn.Module) -> None:
-        """Give the model its own processors back and take the hooks off."""
-        for path, processor in self.processors.items():
-            model.get_submodule(path).processor = processor
+        """Give the model its own processors back, where ours still stand, and take the hooks off."""
+        for path, processor in self.before.items():
+            attn: Any = model.get_submodule(path)
+            if attn.processor is self.ours[path]:
+                attn.processor = processor
         for handle in self.handles:
             handle.remove()
 
@@ -62,7 +101,7 @@ class Applied:
 def apply(
     pipe_or_model: Any,
     attention: AttentionPolicy | BackendWish = "auto",
-    parallel: DeviceMesh | ProcessGroup | SequenceGroup | None = None,
+    parallel: DeviceMesh | ProcessGroup | SequenceGroup | ParallelPlan | None = None,
 ) -> Plans:
     """Run the attention of a diffusers pipeline or model by this system.
 
@@ -72,8 +111,9 @@ def apply(
     Args:
         pipe_or_model: A pipeline, all of whose known transformers are meant, or one model.
         attention: A policy, a backend's name for every place, or `"auto"`.
-        parallel: The devices that share each video's tokens: a mesh of one dim, one with a dim `"ulysses"`, or a process
-            group. Every device calls with the whole inputs and gets the whole output. `None` shares nothing.
+        parallel: The devices that share each video's tokens: a mesh of one dim, one with dims `"ring"` and `"ulysses"` or one
+            of them, a process group, or a `ParallelPlan`, which says more. Every device calls with the whole inputs and gets
+            the whole output. `None` shares nothing.
 
     Returns:
         What runs where and when, by the name of the model in the pipeline (`"model"` for one model); printable.
@@ -97,14 +137,15 @@ def apply(
     policy = as_policy(attention)
     models = dict(_models(pipe_or_model))
     pipeline = None if isinstance(pipe_or_model, nn.Module) else pipe_or_model
-    with sequence_parallel(parallel) as group:
+    shared = parallel if parallel is None or isinstance(parallel, ParallelPlan) else ParallelPlan(parallel)
+    with sequence_parallel(None if shared is None else shared.mesh) as group:
         pass
     # All are checked before any is changed.
-    plans = Plans({name: _plan(model, policy, group) for name, model in models.items()})
+    made = {name: _prepare(model, policy, group, shared, StepCounter(pipeline)) for name, model in models.items()}
     for name, model in models.items():
         _take_off(model)
-        _put_on(model, plans[name], group, StepCounter(pipeline))
-    return plans
+        _put_on(model, made[name])
+    return Plans({name: prepared.plan for name, prepared in made.items()})
 
 
 def remove(pipe_or_model: Any) -> None:
@@ -146,19 +187,38 @@ def _models(pipe_or_model: Any) -> Iterator[tuple[str, nn.Module]]:
     yield from found.items()
 
 
-def _plan(model: nn.Module, policy: AttentionPolicy, group: SequenceGroup) -> Plan:
-    name, family = type(model).__name__, find_family(model)
+def _prepare(
+    model: nn.Module, policy: AttentionPolicy, group: SequenceGroup, shared: ParallelPlan | None, steps: StepCounter
+) -> _Prepared:
+    """Check everything, and build what is put on the model, which stays as it is."""
+    family = find_family(model)
     sites = tuple(family.sites(model))
     family.check(model, group.size)
+    _check_model(model, family.name, sites, group)
+    plan = Plan.resolve(policy, [site.place for site in sites], model_name=type(model).__name__)
+    ours = {
+        site.place.path: site.processor(_attend(site, choices, model.get_submodule(site.place.path), group, shared))
+        for site, choices in zip(sites, plan.choices, strict=True)
+    }
+    shards, splits = _shards(model, group, shared)
+    for path in shards:
+        modules_named(model, path)
+    hook = ModelHook(family, plan, steps, group, parameter_names(model), splits, ours)
+    return _Prepared(plan, hook, shards, group)
+
+
+def _check_model(model: nn.Module, family: str, sites: tuple[Site, ...], group: SequenceGroup) -> None:
+    name = type(model).__name__
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError(
             f"this {name} is parallel by diffusers' enable_parallelism; load it without, and pass parallel=mesh here"
         )
     applied: Applied | None = getattr(model, _ATTRIBUTE, None)
-    own = {} if applied is None else applied.processors
     for site in sites:
         path = site.place.path
-        processor = type(own.get(path, model.get_submodule(path).processor)).__name__
+        attn: Any = model.get_submodule(path)
+        is_ours = applied is not None and attn.processor is applied.ours.get(path)
+        processor = type(applied.before[path] if applied is not None and is_ours else attn.processor).__name__
         if processor not in site.replaces:
             raise ValueError(
                 f"{path} of this {name} has a processor {processor}, whose work ours wouldn't do; expected "
@@ -167,41 +227,46 @@ def _plan(model: nn.Module, policy: AttentionPolicy, group: SequenceGroup) -> Pl
     known = {site.place.path for site in sites}
     others = [path for path, module in model.named_modules() if hasattr(module, "processor") and path not in known]
     if others:
-        raise ValueError(f"this {name} has attention that the family {family.name!r} doesn't know: {', '.join(others)}")
-    if group.size > 1:
-        family.shard_plan(model)
-        if any(module._compiled_call_impl is not None for module in model.modules()):
-            raise ValueError(
-                f"this {name} is compiled already, and what is compiled misses new hooks; apply first, then compile"
-            )
-    return Plan.resolve(policy, [site.place for site in sites], model_name=name)
+        raise ValueError(f"this {name} has attention that the family {family!r} doesn't know: {', '.join(others)}")
+    if group.size > 1 and any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(f"this {name} is compiled already, and what is compiled misses new hooks; apply first, then compile")
 
 
-def _put_on(model: nn.Module, plan: Plan, group: SequenceGroup, steps: StepCounter) -> None:
-    family, applied = find_family(model), Applied(plan)
-    ours: dict[str, Processor] = {}
-    for site, choices in zip(family.sites(model), plan.choices, strict=True):
-        path, attn = site.place.path, model.get_submodule(site.place.path)
-        applied.processors[path] = attn.processor
-        ours[path] = site.processor(_attend(site, choices, attn, group))
-        attn.processor = ours[path]  # type: ignore[assignment]  # no module
-    shards: ShardPlan = family.shard_plan(model) if group.size > 1 else {}
-    own = shards.get("", {})
-    if isinstance(own, Gather):
-        raise ValueError(f"the family {family.name!r} gathers the model's own output; name the module that makes it instead")
-    splits = {str(name): split for name, split in own.items()}
-    hook = ModelHook(family, plan, steps, group, parameter_names(model), splits, ours)
+def _put_on(model: nn.Module, prepared: _Prepared) -> None:
+    hook = prepared.hook
+    applied = Applied(prepared.plan, hook.processors)
+    for path, processor in hook.processors.items():
+        attn: Any = model.get_submodule(path)
+        applied.before[path] = attn.processor
+        attn.processor = processor
     applied.handles = [
-        *add_shard_hooks(model, shards, group),
+        *add_shard_hooks(model, prepared.shards, prepared.group),
         model.register_forward_pre_hook(hook, with_kwargs=True),
         model.register_forward_hook(hook.after, always_call=True),
     ]
     setattr(model, _ATTRIBUTE, applied)
 
 
-def _attend(site: Site, choices: Any, attn: Any, group: SequenceGroup) -> Attend:
+def _attend(site: Site, choices: Any, attn: Any, group: SequenceGroup, shared: ParallelPlan | None) -> Attend:
     kind = VideoAttend if site.place.role == "self" else TextAttend
-    return kind(site.place, choices, attn.heads, attn.inner_dim // attn.heads, group)
+    sharing: dict[str, Any] = {}
+    if shared is not None:
+        sharing = {name: getattr(shared, name) for name in ("layout", "head_groups", "exchange_dtype")}
+    return kind(site.place, choices, attn.heads, attn.inner_dim // attn.heads, group, sharing)
+
+
+def _shards(model: nn.Module, group: SequenceGroup, shared: ParallelPlan | None) -> tuple[ShardPlan, dict[str, Split]]:
+    """Return where a model's tokens are cut and joined inside it, and which of its own inputs are cut."""
+    if group.size == 1:
+        return {}, {}
+    given = None if shared is None else shared.shards
+    shards = dict(find_family(model).shard_plan(model) if given is None else given)
+    own = shards.pop("", {})
+    if isinstance(own, Gather):
+        raise ValueError("a model's own output can't be gathered by its shard plan; name the module that makes it")
+    if any(split.of_output for split in own.values()):
+        raise ValueError("a model's own output can't be cut by its shard plan; name the module that makes it")
+    return shards, {str(name): split for name, split in own.items()}
 
 
 def _take_off(model: nn.Module) -> None:

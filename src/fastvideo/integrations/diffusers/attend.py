@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,22 @@ class Attend:
         num_heads: Heads of all devices together.
         head_size: Size of a head.
         group: The devices that share the video's tokens.
+        sharing: How they share them: further arguments of `DistributedAttention`.
     """
 
-    def __init__(self, place: Place, choices: Sequence[Choice], num_heads: int, head_size: int, group: SequenceGroup) -> None:
+    def __init__(
+        self,
+        place: Place,
+        choices: Sequence[Choice],
+        num_heads: int,
+        head_size: int,
+        group: SequenceGroup,
+        sharing: Mapping[str, Any],
+    ) -> None:
         self.place = place
         self.choices = tuple(choices)
         self.group = group
+        self.sharing = dict(sharing)
         by_backend = {choice.backend: self._make(choice.backend, num_heads, head_size) for choice in self.choices}
         self.layers = tuple(by_backend[choice.backend] for choice in self.choices)
 
@@ -94,7 +104,13 @@ class VideoAttend(Attend):
     def _make(self, backend: str | None, num_heads: int, head_size: int) -> DistributedAttention:
         # Gradients of a model's own copies add up over devices, as the averaging of data parallelism expects.
         return DistributedAttention(
-            num_heads, head_size, backend=backend, prefix=self.place.path, mesh=self.group, replicated_grad="partial"
+            num_heads,
+            head_size,
+            backend=backend,
+            prefix=self.place.path,
+            mesh=self.group,
+            replicated_grad="partial",
+            **self.sharing,
         )
 
     def __call__(
@@ -128,10 +144,12 @@ class VideoAttend(Attend):
         choice = self.choices[phase]
         metadata = None if choice.metadata is None or state is None else state.metadata[choice.metadata]
 
+        lengths = None if state is None else state.shard_lengths
+
         def attend(video: QKV, joined: QKV | None, fitted: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
             replicated = (None, None, None) if joined is None else joined
             outputs: tuple[torch.Tensor, torch.Tensor | None] = self.layers[phase](
-                *video, *replicated, attn_mask=fitted, attn_metadata=metadata
+                *video, *replicated, attn_mask=fitted, attn_metadata=metadata, shard_lengths=lengths
             )
             return outputs
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvideo.distributed import SequenceGroup, gather_sequence
+from fastvideo.distributed import SequenceGroup, gather_sequence, split_lengths
 from fastvideo.integrations.diffusers.family import Gather, ShardPlan, Split
+from fastvideo.integrations.diffusers.state import current_state
 
-__all__ = ["add_shard_hooks", "split_inputs"]
+__all__ = ["add_shard_hooks", "modules_named", "parameter_names", "split_inputs"]
 
 
 class _SplitInputs:
@@ -54,7 +55,8 @@ class _GatherOutput:
         self.dim, self.group = dim, group
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return gather_sequence(output, self.dim, self.group)
+        state = current_state()
+        return gather_sequence(output, self.dim, self.group, shard_lengths=None if state is None else state.shard_lengths)
 
 
 def split_inputs(
@@ -76,7 +78,7 @@ def split_inputs(
         kwargs: Arguments by name.
 
     Raises:
-        ValueError: A length doesn't divide by the number of devices.
+        ValueError: There are fewer tokens than devices.
     """
 
     def cut(name: str, value: Any) -> Any:
@@ -94,25 +96,23 @@ def _split(what: str, value: Any, split: Split, group: SequenceGroup) -> Any:
     if value is None or (split.num_dims is not None and value.dim() != split.num_dims):
         return value
     length = value.shape[split.dim]
-    if length % group.size:
-        raise ValueError(
-            f"{what} has {length} tokens, which {group.size} devices can't share equally; choose a size of the video whose "
-            f"number of tokens divides by {group.size}, or another number of devices"
-        )
+    if length < group.size:
+        raise ValueError(f"{what} has {length} tokens, fewer than the {group.size} devices that share them; use fewer devices")
+    lengths = split_lengths(length, group.size)
+    if (state := current_state()) is not None:
+        state.shard_lengths = lengths
     # Plain indexing leaves each device the gradient of its own part, which averaging over devices makes whole.
-    return value.chunk(group.size, split.dim)[group.rank]
+    return value.narrow(split.dim, sum(lengths[: group.rank]), lengths[group.rank])
 
 
 def add_shard_hooks(model: nn.Module, plan: ShardPlan, group: SequenceGroup) -> Iterable[Any]:
-    """Register a plan's hooks on a model's submodules and yield their handles. The model's own inputs (`""`) are left out.
+    """Register a plan's hooks on a model's submodules and yield their handles.
 
     Raises:
         ValueError: A module that the plan names doesn't exist.
     """
     for path, entry in plan.items():
-        if path == "":
-            continue
-        for name, module in _named(model, path):
+        for name, module in modules_named(model, path):
             if isinstance(entry, Gather):
                 yield module.register_forward_hook(_GatherOutput(entry.dim, group))
                 continue
@@ -125,7 +125,17 @@ def add_shard_hooks(model: nn.Module, plan: ShardPlan, group: SequenceGroup) -> 
                 yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _named(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+def modules_named(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules that a shard plan's path names, `"blocks.*"` each of a list, with their names.
+
+    Raises:
+        AttributeError: There is none.
+
+    Example:
+        >>> model = nn.Sequential(nn.ModuleList([nn.Identity(), nn.Identity()]))
+        >>> [name for name, _ in modules_named(model, "0.*")]
+        ['0.0', '0.1']
+    """
     if not path.endswith(".*"):
         return [(path, model.get_submodule(path))]
     parent = path[: -len(".*")]

@@ -26,6 +26,7 @@ class ForwardState:
         metadata: The metadata objects of the call, by their place in the plan; `None` where this phase needs none.
         text_lengths: Real text tokens of each sample, where some backend takes no padding mask; else `None`.
         num_text: Text tokens that the model joins to its video tokens, padding included.
+        shard_lengths: Video tokens of each device, where several share them; else `None`.
         before: The state that this one hides until it is left.
     """
 
@@ -35,6 +36,7 @@ class ForwardState:
         self.metadata: tuple[AttentionMetadata | None, ...] = (None,) * num_metadata
         self.text_lengths: tuple[int, ...] | None = None
         self.num_text = num_text
+        self.shard_lengths: tuple[int, ...] | None = None
         self.before: ForwardState | None = None
 
 
