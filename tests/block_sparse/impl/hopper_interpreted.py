@@ -359,7 +359,6 @@ class Attention(torch.autograd.Function):
         ("even_60", True, 1, 0.3),
         ("edges", True, 1, 0.0),
         ("large_and_small", True, 2, 0.3),
-        ("large_and_small", False, 1, 0.3),
         ("one_token", False, 1, 0.3),
     ],
 )

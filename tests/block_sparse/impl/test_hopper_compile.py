@@ -7,6 +7,7 @@ Run it with each supported Triton: the installed one, and another by putting its
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import re
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -27,6 +27,7 @@ LOOP_SPILLS, LOOP_SPILLS_LATER = 0, 8
 # Shared memory that one program of sm_90 can have.
 SHARED_LIMIT = 232_448
 INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "order", "lengths")
+NUMBERS = ("num_pieces", "first_head", "max_blocks")
 LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue")
 
 
@@ -65,11 +66,7 @@ def signature_of(kernel: Any, head_size: int, dtype: str, constants: dict[str, A
 
 
 def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **constants: Any) -> Compiled:
-    """Compile a kernel for sm_90a as a launch would."""
-    import triton.backends.nvidia as nvidia
-    from triton import compile as compile_kernel
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
+    """Compile a kernel of products for sm_90a as a launch would."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from fastvideo.block_sparse.impl.hopper import backward_kernels, forward_kernel, launch
@@ -83,13 +80,22 @@ def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **con
     signature = signature_of(kernel, head_size, dtype, constants)
     aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or re.match("s_[qkvd][bsh]$", n)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return run_compiler(GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes), folder, num_warps=4)
+
+
+def run_compiler(source: Any, folder: Path, num_warps: int) -> Compiled:
+    """Compile for sm_90a and read ptxas' log and the machine code."""
+    import triton.backends.nvidia as nvidia
+    from triton import compile as compile_kernel
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.cache.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.cache.dir = str(folder)
         knobs.compilation.always_compile = True
-        options = {"num_warps": 4, "enable_fp_fusion": True}
+        options = {"num_warps": num_warps, "enable_fp_fusion": True}
         result = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()).groups()
     warnings = [line for line in log.getvalue().splitlines() if re.search(r"C75\d\d|will be ignored", line)]
@@ -177,10 +183,49 @@ def test_half_precision_compiles(tmp_path: Path) -> None:
     assert any("HGMMA" in op and "BF16" not in op for _, op in result.sass)
 
 
+PLANNED = {"PIECES": 1, "PIECE_ROWS": 64, "CLEAN": 64}
+# Kernels that make rows and plans: their module, constants and warps.
+FEEDING = {
+    "place_pieces_kernel": ("packing", {"PIECES": 1, "PIECE_ROWS": 64, "CHUNK": 1024}, 4),
+    "row_tokens_kernel": ("packing", {"PIECES": 1, "PIECE_ROWS": 64}, 1),
+    "pack_keys_kernel": ("packing", {"D": 128, "SIGN": 1}, 4),
+    "pack_queries_kernel": ("packing", {"D": 128, "PACK": True}, 4),
+    "plan_direct_kernel": ("plan", {"OWN_PIECES": 1, "PIECES": 1, "BLOCK": 256}, 2),
+    "mark_kernel": ("plan", {"BLOCK": 128}, 2),
+    "plan_marks_kernel": ("plan", {**PLANNED, "CHUNK": 1024}, 4),
+    "plan_once_kernel": ("plan_once", {**PLANNED, "CHUNK": 2048, "IS_ONE_CHUNK": True}, 16),
+}
+
+
+@pytest.mark.parametrize("name", FEEDING)
+def test_feeding_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
+    from triton.compiler import ASTSource
+
+    module, constants, num_warps = FEEDING[name]
+    kernel = getattr(importlib.import_module(f"fastvideo.block_sparse.impl.hopper.{module}"), name)
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ("key", "value", "query", "dout", "out") or argument.startswith("packed_"):
+            signature[argument] = "*bf16"
+        elif argument in ("lse", "dlse", "stats"):
+            signature[argument] = "*fp32"
+        elif argument == "marks":
+            signature[argument] = "*u8"
+        else:
+            is_number = argument.isupper() or argument.startswith("s_") or argument in NUMBERS
+            signature[argument] = "i32" if is_number else "*i32"
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    result = run_compiler(ASTSource(kernel, signature, constexprs=constants, attrs=attributes), tmp_path, num_warps)
+    assert result.spilled == 0
+    assert result.sass
+
+
 def test_names_of_gluon_that_differ_are_found() -> None:
     from triton.experimental.gluon.language.nvidia.hopper import tma
 
     from fastvideo.block_sparse.impl.hopper import gluon_names
 
     assert gluon_names.tma_load in (getattr(tma, "async_load", None), tma.async_copy_global_to_shared)
-    assert torch.float16 in __import__("fastvideo.block_sparse.impl.hopper", fromlist=["_DTYPES"])._DTYPES
