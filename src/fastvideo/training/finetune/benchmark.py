@@ -169,6 +169,8 @@ def benchmark(
     device = torch.cuda.get_device_name(on.device) if on.device.type == "cuda" else on.device.type
     if peak_tflops is None:
         peak_tflops = next((peak for name, peak in _PEAK_TFLOPS.items() if name in device), None)
+    num_text, edges = _TEXT_TOKENS[shape], SHAPES[shape].patch_size
+    num_tokens = math.prod(size // edge for size, edge in zip(latent_tyx, edges, strict=True))
     rows = []
     kinds: tuple[AttentionKind, ...] = ("dense", "vsa")
     for attention in kinds:
@@ -178,28 +180,32 @@ def benchmark(
         model_config = dataclasses.replace(SHAPES[shape], attention=attention)
         with tempfile.TemporaryDirectory() as folder:
             options = RunOptions(Path(folder), accumulation=accumulation, checkpointing=checkpointing)
-            run = _random_run(settings, options, on, model_config, latent_tyx, _TEXT_TOKENS[shape], compiler)
+            run = _random_run(settings, options, on, model_config, latent_tyx, num_text, compiler)
             seconds, memory = _time_steps(run, num_steps)
-            num_tokens = run.num_tokens(0)
             del run
-        sparsity = settings.sparsity_at(0)
-        seen = _keys_seen(num_tokens, sparsity) if attention == "vsa" else num_tokens
-        flops = model_flops(model_config, num_tokens, _TEXT_TOKENS[shape], seen) * config.batch_size
-        tflops = flops / seconds / on.size / 1e12
-        share = None if peak_tflops is None else tflops / peak_tflops
-        rate = config.batch_size * num_tokens / seconds
-        rows.append(BenchmarkRow(attention, sparsity, rate, seconds, tflops, share, memory))
+        rows.append(_row(settings, model_config, num_tokens, num_text, seconds, on.size, peak_tflops, memory))
+    degree = on.mesh["ulysses"].size()
     return BenchmarkReport(
-        shape,
-        latent_tyx,
-        num_tokens,
-        config.batch_size,
-        on.size,
-        on.mesh["ulysses"].size(),
-        device,
-        torch.__version__,
-        tuple(rows),
+        shape, latent_tyx, num_tokens, config.batch_size, on.size, degree, device, torch.__version__, tuple(rows)
     )
+
+
+def _row(
+    config: FinetuneConfig,
+    model_config: WanConfig,
+    num_tokens: int,
+    num_text: int,
+    seconds: float,
+    num_devices: int,
+    peak_tflops: float | None,
+    memory: float | None,
+) -> BenchmarkRow:
+    sparsity = config.sparsity_at(0)
+    seen = _keys_seen(num_tokens, sparsity) if config.attention == "vsa" else num_tokens
+    flops = model_flops(model_config, num_tokens, num_text, seen) * config.batch_size
+    tflops = flops / seconds / num_devices / 1e12
+    share = None if peak_tflops is None else tflops / peak_tflops
+    return BenchmarkRow(config.attention, sparsity, config.batch_size * num_tokens / seconds, seconds, tflops, share, memory)
 
 
 def _keys_seen(num_tokens: int, sparsity: float) -> float:
