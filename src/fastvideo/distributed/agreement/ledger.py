@@ -15,12 +15,14 @@ import hashlib
 import threading
 import time
 import weakref
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import distributed_c10d
 
 from fastvideo.distributed.agreement.records import Fields, decode, describe_difference, encode
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["Ledger", "RanksDisagree"]
 
@@ -59,6 +61,10 @@ class Ledger:
     """
 
     def __init__(self, ranks: tuple[int, ...], rank: int, timeout: float, generation: int = 0) -> None:
+        # Torch may be built without them.
+        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed.distributed_c10d import _get_default_group
+
         self.ranks, self.rank, self.timeout, self.generation = ranks, rank, timeout, generation
         self.transports: set[str] = set()
         self.count = 0
@@ -70,12 +76,12 @@ class Ledger:
         self._previous: Fields | None = None
         self._successors: dict[Fields | None, Fields] = {}
         self._log: list[tuple[int, Fields] | None] = [None] * _NUM_REMEMBERED
-        self._world = weakref.ref(distributed_c10d._get_default_group())
+        self._world = weakref.ref(_get_default_group())
         self._published: set[int] = set()
         digest = hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()[:10]
         # A clone is a connection of its own: it keeps no server alive after the process group is destroyed.
         clone = _default_store().clone()  # type: ignore[attr-defined]  # the stubs lack it
-        self.store = PrefixStore(f"fastvideo/agreement/{digest}/{generation}", clone)
+        self.store: Store = PrefixStore(f"fastvideo/agreement/{digest}/{generation}", clone)
 
     @property
     def is_current(self) -> bool:
@@ -240,7 +246,9 @@ def _shown(fields: Fields) -> str:
 
 
 def _default_store() -> Store:
-    store = distributed_c10d._get_default_store()
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
     if store is None:
         raise RuntimeError(
             "the default process group has no store through which ranks could agree; initialise it with one, "
