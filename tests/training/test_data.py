@@ -1,5 +1,7 @@
 """Training batches: reproducible, from their split, with the prompts' tokens and the promised noise levels."""
 
+import dataclasses
+
 import torch
 
 from fastvideo.models.sprites.prompts import NULL_ID
@@ -13,9 +15,11 @@ def test_a_step_has_one_batch_and_another_step_another():
     source = ExampleSource(CONFIG, "cpu")
     first, other = source.batch(3), source.batch(4)
     again = ExampleSource(CONFIG, "cpu").batch(3)
+    reseeded = ExampleSource(dataclasses.replace(CONFIG, seed=1), "cpu").batch(3)
     for name in ("clean", "noise", "sigmas", "token_ids"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
+        assert not torch.equal(getattr(first, name), getattr(reseeded, name))
 
 
 def test_a_tenth_of_the_prompts_is_dropped():

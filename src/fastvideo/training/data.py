@@ -90,7 +90,8 @@ class ExampleSource:
         config, generator = self.config, self._generator
         size = config.batch_size if batch_size is None else batch_size
         dropout = config.text_dropout if text_dropout is None else text_dropout
-        generator.manual_seed((config.seed << 32) + step)
+        # The CPU's generator reads no more than 32 bits of its seed.
+        generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)
         device = generator.device
         scenes = self._pool.sample(size, generator)
         clean = render(scenes, self._atlas, num_frames=config.num_frames, frame_size=config.frame_size)
