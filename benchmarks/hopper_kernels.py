@@ -2,8 +2,9 @@
 
 `fastvideo bench` times the operator beside others. This looks inside: milliseconds of each kernel while all of them run over
 and over (so at the clock that the power limit leaves), and what a variant changes. A variant is a list such as
-`one_pass=1,second_wait=0`; its names are `step` (bytes of a head in MiB from which programs walk in step), `scratch` (MiB),
-`in_place` (0: always pack), `one_pass`, `second_wait`, `K`, `V`, `DQ` and `DKDV` (stages of the rings).
+`one_pass=1,second_wait=0`; its names are `step` (bytes of a head in MiB from which programs walk in step), `looks` (of
+programs in step for each other), `scratch` (MiB), `in_place` (0: always pack), `one_pass`, `second_wait`, and the stages of
+the rings, `K`, `V`, `DQ` and `DKDV`.
 
 Example:
     python benchmarks/hopper_kernels.py fine-49k-tile64 --variants "" one_pass=1 second_wait=0 --json result.json
@@ -66,6 +67,8 @@ def set_variant(variant: str, shipped: dict[str, Any]) -> None:
             launch._in_place = shipped["_in_place"] if value else (lambda *_: None)
         elif name in ("step", "scratch"):
             setattr(launch, {"step": "_IN_STEP_BYTES", "scratch": "_SCRATCH_BYTES"}[name], value << 20)
+        elif name == "looks":
+            launch._LOOKS = value
         elif name == "one_pass":
             launch.PLANS_IN_ONE_PASS = bool(value)
         else:
@@ -127,7 +130,7 @@ def main() -> None:
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
-    names = ("_IN_STEP_BYTES", "_SCRATCH_BYTES", "PLANS_IN_ONE_PASS", "_in_place", "FWD", "DQ", "DKDV")
+    names = ("_IN_STEP_BYTES", "_LOOKS", "_SCRATCH_BYTES", "PLANS_IN_ONE_PASS", "_in_place", "FWD", "DQ", "DKDV")
     shipped = {name: getattr(launch, name) for name in names}
     shipped = {name: {k: dict(v) for k, v in x.items()} if isinstance(x, dict) else x for name, x in shipped.items()}
     rows = []

@@ -73,7 +73,7 @@ def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **con
 
     kernel = getattr(forward_kernel if name == "fwd" else backward_kernels, f"block_sparse_{name}_kernel")
     table = {"fwd": launch.FWD, "bwd_dq": launch.DQ, "bwd_dkdv": launch.DKDV}[name][head_size]
-    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": True, "GROUP": 1, **table}
+    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": 4000, "GROUP": 1, **table}
     if name != "bwd_dkdv":
         del defaults["GROUP"]
     constants = {key: value for key, value in (defaults | constants).items() if key in kernel.arg_names}

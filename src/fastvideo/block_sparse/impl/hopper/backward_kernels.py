@@ -61,7 +61,7 @@ def _dq_producer(source, walks, places, WG: gl.constexpr, STAGES: gl.constexpr, 
         if IN_STEP:
             a_wave = gl.num_programs(0) * 2
             i_wave = i_row // a_wave
-            wait_for_all(arrivals, i_wave, gl.minimum(a_wave, num_rows - i_wave * a_wave))
+            wait_for_all(arrivals, i_wave, gl.minimum(a_wave, num_rows - i_wave * a_wave), IN_STEP)
         i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
         i_base = (first_head + i_head) // HEADS * s_row_b + i_head // GROUP * s_row_h
         i_column = (first_head + i_head) % HEADS // GROUP * s_column_h

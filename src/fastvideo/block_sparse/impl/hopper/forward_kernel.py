@@ -10,8 +10,8 @@ of 16. The design, and what was measured to choose it:
 - One stage of keys and two of values: keys are read at once and free again, values are held over a whole softmax. Keys
   and values have producers of their own, since either may have to wait while the other could go on.
 - With IN_STEP all programs start their w-th pair of blocks together. Programs that drift apart walk different parts of a
-  head, which then falls out of the L2 cache where keys and values of a head exceed some 30 MB. The wait is bounded: a
-  program that is missing costs time and no hang.
+  head, which then falls out of the L2 cache where keys and values of a head exceed some 30 MB. IN_STEP is how often a
+  program looks for the others before it goes on: one that is missing costs time and no hang.
 - Scores are masked with -inf only in steps that the plan marks; pads of equal tiles are masked by a constant.
 
 Softmax is in base 2 and fp32; scores are scaled in fp32 by a positive factor (a sign lies in the packed keys). Rows that see
@@ -46,11 +46,11 @@ def locate_block(i_row, num_heads, num_shared, num_blocks):
 
 
 @gluon.jit
-def wait_for_all(arrivals, i_wave, num_awaited):
-    """Hold until `num_awaited` producers have come to this wave, or for a bounded number of looks."""
+def wait_for_all(arrivals, i_wave, num_awaited, LOOKS: gl.constexpr):
+    """Hold until `num_awaited` producers have come to this wave, or for so many looks."""
     num_seen = gl.atomic_add(arrivals + i_wave, 1) + 1
     num_looks = 0
-    while (num_seen < num_awaited) & (num_looks < 4000):
+    while (num_seen < num_awaited) & (num_looks < LOOKS):
         num_seen = gl.atomic_add(arrivals + i_wave, 0)
         num_looks += 1
 
@@ -90,7 +90,7 @@ def _producer(
     for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         if IN_STEP:
             i_wave = i_pair // gl.num_programs(0)
-            wait_for_all(arrivals, i_wave, gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2)
+            wait_for_all(arrivals, i_wave, gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2, IN_STEP)
         i_row = i_pair * 2 + WG
         if i_row < num_rows:
             i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
@@ -338,8 +338,8 @@ def block_sparse_fwd_kernel(
             (_consumer, (buffers, work, tensors, 1, K_STAGES, V_STAGES, D, BOX_TOKENS)),
             (_producer, (keys, walks, places, 0, K_STAGES, D, IN_STEP)),
             (_producer, (keys, walks, places, 1, K_STAGES, D, IN_STEP)),
-            (_producer, (values, walks, places, 0, V_STAGES, D, False)),
-            (_producer, (values, walks, places, 1, V_STAGES, D, False)),
+            (_producer, (values, walks, places, 0, V_STAGES, D, 0)),
+            (_producer, (values, walks, places, 1, V_STAGES, D, 0)),
         ],
         [4, 1, 1, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

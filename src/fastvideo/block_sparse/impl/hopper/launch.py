@@ -24,6 +24,8 @@ _LOG2E = math.log2(math.e)
 _SCRATCH_BYTES = 1 << 30
 # Keys and values of a head that need more than this fall out of the L2 cache unless all programs walk in step.
 _IN_STEP_BYTES = 32 << 20
+# How often a program in step looks for the others before it goes on; a look takes a good half microsecond.
+_LOOKS = 4000
 # The planner that is to be the faster one has not run on a GPU yet.
 PLANS_IN_ONE_PASS = False
 
@@ -159,10 +161,10 @@ def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
 
 
 def _arrivals(programs: int, rows: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> dict[str, Any]:
-    """Whether programs walk in step, and a zeroed counter for each wave of them."""
+    """How often programs that walk in step look for each other, and a zeroed counter for each wave of them."""
     head_bytes = 2 * packed.max_rows * key.shape[3] * key.itemsize
     # Lists of different lengths would make everybody wait for the longest.
-    in_step = head_bytes > _IN_STEP_BYTES and pattern.counts is None
+    in_step = _LOOKS if head_bytes > _IN_STEP_BYTES and pattern.counts is None else 0
     waves = -(-rows // (2 * programs)) + 1 if in_step else 1
     return {"arrivals": torch.zeros(waves, dtype=torch.int32, device=key.device), "IN_STEP": in_step}
 
