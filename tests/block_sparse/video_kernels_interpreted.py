@@ -69,11 +69,11 @@ def test_longer_rows_are_left_to_torch(monkeypatch) -> None:
     assert torch.equal(selection.top_k_ascending(scores, 7), expected)
 
 
-# All heads at once, three lists at a time, nine rows at a time.
-@pytest.mark.parametrize(("scratch", "head_size"), [(64 << 20, 5), (64 << 20, 72), (4 * 20 * 20 * 3, 64), (4 * 20 * 9, 16)])
+# All lists at once, and nine rows of one at a time.
+@pytest.mark.parametrize(("scratch", "head_size"), [(64 << 20, 5), (64 << 20, 72), (4 * 20 * 9, 64)])
 def test_selection_in_chunks(scratch: int, head_size: int, monkeypatch) -> None:
     torch.manual_seed(0)
-    query, key = torch.randn(2, 20, 2, head_size), torch.randn(2, 1, 20, head_size).transpose(1, 2)
+    query, key = torch.randn(1, 20, 4, head_size), torch.randn(1, 2, 20, head_size).transpose(1, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.repeat_interleave(2, dim=2).double())
     expected = scores.topk(9).indices.sort().values.int()
     monkeypatch.setattr(selection_kernels, "_BLOCK", 16)
@@ -91,7 +91,7 @@ def test_means_that_are_nan_and_infinite_give_k_distinct_tiles() -> None:
     assert lists[0, 0, 3].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-CASES = [((1, 1, 1), (4, 4, 4)), ((4, 2, 6), (2, 2, 2)), ((5, 3, 7), (4, 4, 4)), ((4, 6, 9), (3, 5, 4)), ((2, 3, 9), (1, 1, 1))]
+CASES = [((1, 1, 1), (4, 4, 4)), ((2, 2, 4), (2, 2, 2)), ((5, 3, 3), (4, 4, 4)), ((3, 6, 5), (3, 5, 4)), ((1, 2, 3), (1, 1, 1))]
 
 
 def surrounded(x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_gate(grid_tyx, tile_tyx, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_whole_operation(dtype: torch.dtype) -> None:
-    grid_tyx, tile_tyx, num_text = (3, 4, 5), (2, 2, 2), 5
+    grid_tyx, tile_tyx, num_text = (3, 4, 2), (2, 2, 2), 5
     randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     num_tokens = math.prod(grid_tyx)
     inputs = {
@@ -155,7 +155,7 @@ def test_whole_operation(dtype: torch.dtype) -> None:
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     means = [pool_tiles(inputs[name], grid_tyx, tile_tyx=tile_tyx, num_replicated=num_text) for name in ("query", "key")]
     bound = {"grid_tyx": grid_tyx, "tile_tyx": tile_tyx, "num_replicated": num_text, "sparsity": 0.6}
-    lists = selection.select_tiles(*means, 5)
+    lists = selection.select_tiles(*means, 2)
     assert_op_within_budget(
         partial(video_sparse_attention, impl="triton", **bound),
         partial(video_sparse_attention_reference, indices=lists, **bound),
