@@ -96,6 +96,7 @@ def test_recomputation_runs_by_the_plan_of_its_own_forward_call(name: str) -> No
     assert found.keys() == expected.keys()
     for key, grad in found.items():
         assert torch.allclose(grad, expected[key], atol=1e-5, rtol=1e-4), key
+    remove(model)
     assert model._gradient_checkpointing_func is function
 
 

@@ -24,7 +24,7 @@ from fastvideo.integrations.diffusers.family import (
     is_known,
     known_models,
 )
-from fastvideo.integrations.diffusers.hooks import ModelHook
+from fastvideo.integrations.diffusers.hooks import CarryingCheckpoint, ModelHook
 from fastvideo.integrations.diffusers.shards import add_shard_hooks, modules_named, parameter_names
 from fastvideo.integrations.diffusers.steps import StepCounter
 from fastvideo.integrations.plan import Plan
@@ -96,6 +96,7 @@ class Applied:
                 attn.processor = processor
         for handle in self.handles:
             handle.remove()
+        CarryingCheckpoint.unwrap(model)
 
 
 def apply(

@@ -27,7 +27,7 @@ from fastvideo.integrations.diffusers.state import ForwardState, current_state, 
 from fastvideo.integrations.diffusers.steps import StepCounter, told_grid
 from fastvideo.integrations.plan import Plan, build_metadata
 
-__all__ = ["ModelHook"]
+__all__ = ["CarryingCheckpoint", "ModelHook"]
 
 _metadata: OrderedDict[str, AttentionMetadata] = OrderedDict()
 """Metadata by what it was built from. Index tensors are large, so only the last few geometries stay."""
@@ -67,7 +67,6 @@ class ModelHook:
         self.cuts_text = tuple(
             any(row[phase].refuses_padding for row in plan.choices) for phase in range(len(plan.boundaries) + 1)
         )
-        self.checkpointing: Callable[..., Any] | None = None
         _run_uncompiled()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
@@ -95,17 +94,14 @@ class ModelHook:
         if self.cuts_text[phase]:
             state.text_lengths = real_text_lengths(self.family.text_mask(inputs))
         if getattr(model, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            self._carry_into_recomputation(model)
+            CarryingCheckpoint.wrap(model)
         if self.splits:
             return split_inputs(type(model).__name__, self.names, self.splits, self.group, args, kwargs)
         return args, kwargs
 
-    def after(self, model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def after(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         """Put back what was before the call; it runs after a failed call too."""
         leave_state(self)
-        if self.checkpointing is not None:
-            model._gradient_checkpointing_func = self.checkpointing  # type: ignore[assignment]  # diffusers' own attribute
-            self.checkpointing = None
 
     def _check_processors(self, model: nn.Module) -> None:
         for path, processor in self.processors.items():
@@ -146,20 +142,40 @@ class ModelHook:
             found[number] = metadata if is_same else replace(metadata, current_timestep=step)
         return tuple(found)
 
-    def _carry_into_recomputation(self, model: nn.Module) -> None:
-        original: Callable[..., Any] = model._gradient_checkpointing_func  # type: ignore[assignment]  # diffusers' own
-        self.checkpointing = original
 
-        def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            state, snapshot = current_state(), thread_state.snapshot()
+class CarryingCheckpoint:
+    """A model's checkpoint function, such that each block is computed again in the state of its own forward call.
 
-            def run(*inner: Any, **named: Any) -> Any:
-                with restored(**snapshot), with_state(state):
-                    return block(*inner, **named)
+    Args:
+        original: diffusers' function or the user's: it takes a block and its arguments.
+    """
 
-            return original(run, *args, **kwargs)
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
 
-        model._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]  # diffusers' own attribute
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `block` under activation checkpointing."""
+        state, snapshot = current_state(), thread_state.snapshot()
+
+        def run(*inner: Any, **named: Any) -> Any:
+            with restored(**snapshot), with_state(state):
+                return block(*inner, **named)
+
+        return self.original(run, *args, **kwargs)
+
+    @classmethod
+    def wrap(cls, model: nn.Module) -> None:
+        """Put one around the model's function, if there is none yet; `enable_gradient_checkpointing` sets a bare one."""
+        function: Any = model._gradient_checkpointing_func
+        if not isinstance(function, cls):
+            model._gradient_checkpointing_func = cls(function)  # type: ignore[assignment]  # diffusers' own attribute
+
+    @classmethod
+    def unwrap(cls, model: nn.Module) -> None:
+        """Give the model its own function back."""
+        function: Any = getattr(model, "_gradient_checkpointing_func", None)
+        if isinstance(function, cls):
+            model._gradient_checkpointing_func = function.original  # type: ignore[assignment]  # as above
 
 
 @functools.cache
