@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.block_sparse.pattern import TileLayout
 
-_COLUMNS = 256
+_ROWS, _COLUMNS = 8, 256
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -
         NUM_COLUMNS=num_columns,
         HEAD_SIZE=head_size,
         TILE=layout.max_size,
-        ROWS=min(16, triton.next_power_of_2(layout.max_size)),
+        ROWS=min(_ROWS, triton.next_power_of_2(layout.max_size)),
         COLUMNS=_COLUMNS,
         num_warps=4,
         **arguments,

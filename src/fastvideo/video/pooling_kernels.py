@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 256
+_ROWS, _COLUMNS = 16, 256
 
 
 @triton.jit(do_not_specialize=["NUM_TILES", "NUM_COLUMNS"])
@@ -59,7 +59,7 @@ def launch_tile_sum(x: Tensor, order: Tensor, offsets: Tensor, max_size: int, su
         NUM_COLUMNS=num_columns,
         HEAD_SIZE=head_size,
         TILE=max_size,
-        ROWS=min(16, triton.next_power_of_2(max_size)),
+        ROWS=min(_ROWS, triton.next_power_of_2(max_size)),
         COLUMNS=_COLUMNS,
         num_warps=4,
     )
