@@ -51,6 +51,7 @@ class Named:
     compiled: bool = False
     dtype: torch.dtype = torch.float64
     twin: str = ""
+    groups: int | None = None
 
 
 NAMED = {
@@ -76,10 +77,10 @@ NAMED = {
 
 COMPILED = {
     "compiled, by heads": Named(compiled=True, replicated=7, padding=True, rope=True, uneven=True),
-    "compiled, groups of heads and GQA": Named(compiled=True, heads=(8, 4)),
+    "compiled, groups of heads and GQA": Named(compiled=True, heads=(8, 4), layout="ulysses", groups=2),
     "compiled, ring": Named(compiled=True, layout="ring", replicated=3, padding=True, uneven=True),
     "compiled, causal ring": Named(compiled=True, layout="ring", causal=True),
-    "compiled, gather": Named(compiled=True, layout="gather", replicated=3, only_keys=True),
+    "compiled, gather": Named(compiled=True, layout="gather", replicated=3, only_keys=True, groups=2),
     "compiled, mesh": Named(compiled=True, on="scope", layout="ring"),
     "compiled, VSA": Named(compiled=True, vsa=True, gate=True, replicated=7, rope=True),
 }
@@ -106,7 +107,14 @@ def build(case: Named, mesh):
     layer_cls = DistributedAttention_VSA if case.vsa else DistributedAttention
     heads, kv_heads = case.heads
     return layer_cls(
-        heads, 16, num_kv_heads=kv_heads, softmax_scale=case.scale, causal=case.causal, layout=case.layout, mesh=mesh
+        heads,
+        16,
+        num_kv_heads=kv_heads,
+        softmax_scale=case.scale,
+        causal=case.causal,
+        layout=case.layout,
+        mesh=mesh,
+        head_groups=case.groups,
     )
 
 
@@ -184,6 +192,10 @@ def check_shards(mesh, device: str) -> None:
         lengths = split_lengths(11, size)
         with sequence_parallel(group, shard_lengths=lengths):
             shard = shard_sequence(whole, 1)
+            with set_forward_context(0, None), sequence_parallel(group):
+                torch.testing.assert_close(shard_sequence(whole, 1), shard)
+            with sequence_parallel(None):
+                assert shard_sequence(whole, 1) is whole
             torch.testing.assert_close(shard, whole.split(lengths, 1)[rank])
             again = gather_sequence(shard * 2, 1)
         torch.testing.assert_close(again, whole * 2)
@@ -250,7 +262,7 @@ def check_third_party(mesh, device: str) -> None:
 def check_compiled_lengths(mesh, device: str) -> None:
     """Compiled layers follow lengths that change from step to step, uneven ones too."""
     rank, size = sequence_parallel_world()
-    for layout in ("ulysses", "ring", "gather"):
+    for layout in ("ulysses", "ring"):
         torch._dynamo.reset()
         layer = DistributedAttention(4, 16, layout=layout)
         compiled = torch.compile(layer, fullgraph=True, backend="eager")

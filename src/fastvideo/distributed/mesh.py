@@ -119,8 +119,8 @@ def sequence_parallel(
 
     Args:
         mesh: A one-dimensional `DeviceMesh`, one with dims `"ring"` and `"ulysses"`, a process group, or `None`.
-        shard_lengths: Tokens of each rank's shard, in the order of ranks; `None` means equal shards. The same as in
-            `set_forward_context`, which replaces it.
+        shard_lengths: Tokens of each rank's shard, in the order of ranks; `None` keeps those of an enclosing context for as
+            many ranks, and otherwise means equal shards. An inner `set_forward_context` may replace them.
 
     Raises:
         TypeError: `mesh` or `shard_lengths` is of a wrong type.
@@ -133,6 +133,9 @@ def sequence_parallel(
     """
     group = as_sequence_group(mesh) or LOCAL
     lengths = check_shard_lengths(shard_lengths)
+    outer = thread_state.shard_lengths
+    if lengths is None and outer is not None and len(outer) == group.size:
+        lengths = outer
     if lengths is not None and len(lengths) != group.size:
         raise ValueError(f"expected shard_lengths of {group.size} ranks, got {lengths}")
     with restored(sequence_group=group, shard_lengths=lengths):
