@@ -194,7 +194,6 @@ def _prepare(
     """Check everything, and build what is put on the model, which stays as it is."""
     family = find_family(model)
     sites = tuple(family.sites(model))
-    family.check(model, group.size)
     _check_model(model, family.name, sites, group)
     plan = Plan.resolve(policy, [site.place for site in sites], model_name=type(model).__name__)
     ours = {

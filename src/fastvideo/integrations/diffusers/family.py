@@ -64,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Split:
-    """Keep this device's part of a tensor, or of each tensor in a list.
+    """Keep this device's part of a tensor, or of each tensor in a list; of a number of leading tokens, those that it holds.
 
     Attributes:
         dim: What is cut.
@@ -133,13 +133,6 @@ class Family(ABC):
             NotImplementedError: The family has no such plan.
         """
         raise NotImplementedError(f"{self.name} models can't share their tokens over devices yet; leave out parallel")
-
-    def check(self, model: nn.Module, num_devices: int) -> None:  # noqa: B027  # most families refuse nothing
-        """Refuse a model of this family whose configuration isn't covered.
-
-        Raises:
-            NotImplementedError: It isn't.
-        """
 
 
 def from_cp_plan(model: nn.Module, replicated: Iterable[str] = ()) -> ShardPlan:

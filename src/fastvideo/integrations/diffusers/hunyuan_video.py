@@ -121,19 +121,14 @@ class HunyuanVideoFamily(Family):
         length: int = inputs["encoder_hidden_states"].shape[1]
         return length
 
-    def shard_plan(self, model: nn.Module) -> ShardPlan:  # noqa: ARG002  # families look at it or not
+    def shard_plan(self, model: nn.Module) -> ShardPlan:  # families look at it or not
         """Cut the embedded video, which the model measures its mask by, and the rotary tables; join before patches unfold."""
-        return {
+        plan: ShardPlan = {
             "x_embedder": {0: Split(1, of_output=True)},
             "rope": {0: Split(0, of_output=True), 1: Split(0, of_output=True)},
             "proj_out": Gather(1),
         }
-
-    def check(self, model: nn.Module, num_devices: int) -> None:
-        """Refuse to share the tokens of models that treat the first frame's tokens apart by their number."""
         config: Any = model.config
-        if num_devices > 1 and config.image_condition_type == "token_replace":
-            raise NotImplementedError(
-                "a HunyuanVideo model with image_condition_type='token_replace' finds the first frame by counting tokens, "
-                "which shards don't allow; leave out parallel"
-            )
+        if config.image_condition_type == "token_replace":  # its blocks treat the first frame's tokens apart, by their number
+            plan |= {f"{blocks}.*": {"num_tokens": Split(0)} for blocks in ("transformer_blocks", "single_transformer_blocks")}
+        return plan

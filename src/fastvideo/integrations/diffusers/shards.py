@@ -85,7 +85,7 @@ def split_inputs(
         return _split(f"{path}'s {name}", value, splits[name], group) if name in splits else value
 
     return (
-        tuple(cut(name, value) for name, value in zip(names, args, strict=False)),
+        (*(cut(name, value) for name, value in zip(names, args, strict=False)), *args[len(names) :]),
         {name: cut(name, value) for name, value in kwargs.items()},
     )
 
@@ -93,6 +93,9 @@ def split_inputs(
 def _split(what: str, value: Any, split: Split, group: SequenceGroup) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([_split(what, x, split, group) for x in value])
+    if isinstance(value, int):
+        lengths = _known_lengths(what)
+        return min(max(value - sum(lengths[: group.rank]), 0), lengths[group.rank])
     if value is None or (split.num_dims is not None and value.dim() != split.num_dims):
         return value
     length = value.shape[split.dim]
@@ -103,6 +106,13 @@ def _split(what: str, value: Any, split: Split, group: SequenceGroup) -> Any:
         state.shard_lengths = lengths
     # Plain indexing leaves each device the gradient of its own part, which averaging over devices makes whole.
     return value.narrow(split.dim, sum(lengths[: group.rank]), lengths[group.rank])
+
+
+def _known_lengths(what: str) -> tuple[int, ...]:
+    state = current_state()
+    if state is None or state.shard_lengths is None:
+        raise ValueError(f"{what} counts tokens, and none have been cut before it; cut the video earlier in the shard plan")
+    return state.shard_lengths
 
 
 def add_shard_hooks(model: nn.Module, plan: ShardPlan, group: SequenceGroup) -> Iterable[Any]:
