@@ -22,12 +22,7 @@ Pads of keys are masked for dquery, since `exp2(0 - lse)` may be infinite; pads 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from fastvideo.block_sparse.impl.hopper.forward_kernel import locate_block, seen, wait_for_all
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
