@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -24,6 +25,7 @@ from fastvideo.cli import main
 from fastvideo.cli.media import contact_sheet
 from fastvideo.cli.pipeline import _few_step_scheduler, parse_policy
 from fastvideo.models.wan import WanTransformer3DModel
+from fastvideo.testing import meeting_point
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROMPT = "a fox runs over the snow"
@@ -280,19 +282,23 @@ def test_policies_are_read() -> None:
     assert policy.rules[0].layer_intervals == ((0, 4),)
 
 
-def test_two_ranks_make_the_same_video(folder: Path, gated: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def meeting_points() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def test_two_ranks_make_the_same_video(folder: Path, gated: Path, tmp_path: Path, meeting_points) -> None:
     """Both kinds of transformers share their tokens; each command joins and leaves its group."""
     runs = {"dense": (folder, ()), "sparse": (gated, ("--sparsity", "0.5"))}
     code = ["import os", "from fastvideo.cli import main"]
     for name, (model, extra) in runs.items():
         assert generate(model, tmp_path / f"{name}.mp4", *extra) == 0
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        place = meeting_points.enter_context(meeting_point())
         command = ["generate", "--device", "cpu", "--model", str(model), "--out", str(tmp_path / f"{name}-2.mp4")]
         arguments = [*command, "--prompt", PROMPT, *SIZE, "--steps", "3", *extra]
-        code += [f"os.environ['MASTER_PORT'] = {port!r}", f"assert main({arguments!r}) == 0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        code += [f"os.environ |= {place}", f"assert main({arguments!r}) == 0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", "\n".join(code)],

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastvideo.testing import meeting_point
 
 PAGES = Path(__file__).parents[2] / "docs" / "cookbook"
 
@@ -36,31 +37,22 @@ def test_the_page_on_diffusers_runs_from_top_to_bottom(capsys) -> None:
     assert table.group(1) in shown
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_the_page_on_several_gpus_runs_on_two_ranks(tmp_path) -> None:
     generate, train = examples("several-gpus.md")
     script = tmp_path / "generate.py"
-    # One program after the other in one process, because importing diffusers takes longer than both.
-    script.write_text(f"{generate}\nimport os\nos.environ['MASTER_PORT'] = '{free_port()}'\n{train}")
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen([sys.executable, str(script)], env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
-    finally:
-        [rank.kill() for rank in ranks]
+    with meeting_point() as first, meeting_point() as second:
+        # One program after the other in one process, because importing diffusers takes longer than both.
+        script.write_text(f"{generate}\nimport os\nos.environ |= {second}\n{train}")
+        shared = {**os.environ, **first, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script)], env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+        finally:
+            [rank.kill() for rank in ranks]
     for rank, output in enumerate(outputs):
         assert output.count(f"rank {rank} of 2: equal") == 2

@@ -1,6 +1,5 @@
 """The Wan transformer on two gloo ranks gives the outputs and gradients of one."""
 
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -52,11 +51,11 @@ def outcome(attention: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def worker(rank: str, port: str, attention: str, folder: str) -> None:
+def worker(rank: str, attention: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=f"file://{folder}/store",
         rank=int(rank),
         world_size=NUM_RANKS,
         timeout=timedelta(seconds=60),
@@ -67,14 +66,8 @@ def worker(rank: str, port: str, attention: str, folder: str) -> None:
 
 @pytest.mark.parametrize("attention", ["dense", "vsa"])
 def test_two_ranks_equal_one(attention, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # This file run as a program: spawned workers could not import it by name under pytest's importlib mode.
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(port), attention, str(tmp_path)])
-        for rank in range(NUM_RANKS)
-    ]
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), attention, str(tmp_path)]) for rank in range(NUM_RANKS)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0] * NUM_RANKS
     finally:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
 from fastvideo.models.wan.checkpoint import read_json
+from fastvideo.testing import meeting_point
 from fastvideo.training.finetune.batches import BatchSource
 from fastvideo.training.finetune.benchmark import model_flops
 from fastvideo.training.finetune.config import FinetuneConfig
@@ -109,18 +110,17 @@ def killed(folders: Path, tmp_path_factory) -> Path:
 
 def run_program(runs: list[tuple[str, list[str]]], size: int) -> list[int]:
     """Run commands one after another in each of `size` fresh processes, as `torchrun` would start them."""
-    ports = []
-    for _ in runs:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, json.dumps([(port, *run) for port, run in zip(ports, runs, strict=True)])]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
-    try:
-        return [rank.wait(timeout=240) for rank in ranks]
-    finally:
-        [rank.kill() for rank in ranks]
+    environment = {**os.environ, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(meeting_point()) for _ in runs]
+        command = [sys.executable, __file__, json.dumps([(place, *run) for place, run in zip(places, runs, strict=True)])]
+        ranks = [
+            subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)
+        ]
+        try:
+            return [rank.wait(timeout=240) for rank in ranks]
+        finally:
+            [rank.kill() for rank in ranks]
 
 
 def test_a_run_equals_a_plain_loop(folders: Path, one: Path) -> None:
@@ -315,8 +315,8 @@ def write_and_die(metrics: Metrics, line: dict) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for port, what, command in json.loads(sys.argv[1]):
-        os.environ["MASTER_PORT"] = str(port)
+    for place, what, command in json.loads(sys.argv[1]):
+        os.environ |= place
         if what == "kill":
             Metrics.write = write_and_die
         if main(command) != 0:
