@@ -1,7 +1,7 @@
 """`plan`: every way to share one attention over several ranks, with what it costs, or why it can't be.
 
-The numbers come from a model on paper (`fastvideo.distributed.plan_cost`), whose parameters are arguments. It ranks layouts;
-`fastvideo bench --parallel` measures them.
+The numbers come from a model on paper (`fastvideo.distributed.plan_cost`), whose parameters are arguments. It ranks layouts and
+measures nothing.
 """
 
 from __future__ import annotations
