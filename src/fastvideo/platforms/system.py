@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["OPTIONAL_PACKAGES", "System", "current_platform", "describe_system"]
+__all__ = ["OPTIONAL_PACKAGES", "System", "current_platform", "describe_system", "installed_packages", "is_older"]
 
 OPTIONAL_PACKAGES = (
     "flash-attn-4",
@@ -150,6 +150,17 @@ def describe_system(description: str) -> System:
         else:
             packages[name] = version
     return System(platform, device, capability, tuple(packages.items()), described=True)
+
+
+def is_older(version: str, minimum: tuple[int, ...]) -> bool:
+    """Return whether a version's numbers come before `minimum`; numbers that it doesn't have count as enough.
+
+    Example:
+        >>> is_older("4.0.0b20", (4, 0, 0, 36)), is_older("4.0.0", (4, 0, 0, 36)), is_older("latest", (4,))
+        (True, False, False)
+    """
+    numbers = tuple(map(int, re.findall(r"\d+", version)))
+    return numbers < minimum[: len(numbers)]
 
 
 def _parse_package_change(change: str, description: str) -> tuple[bool, str, str]:

@@ -190,7 +190,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     found |= {x.__name__: x for x in (bsa, interface, sparsity)}
     for name, module in found.items():
         monkeypatch.setitem(sys.modules, name, module)
-    versions = (("nvidia-cudnn-frontend", "1.32.0"), ("flash-attn-4", "4.0.0b36"))
+    versions = (("nvidia-cudnn-frontend", "1.32.0"), ("flash-attn-4", "4.0.0b36"), ("nvidia-cutlass-dsl", "4.8.1"))
     monkeypatch.setattr(slots, "installed_packages", lambda: versions)
     for module in (cudnn, flash):
         monkeypatch.setattr(module, "needs_cuda", lambda query, majors: [])
@@ -318,6 +318,7 @@ def test_reasons_against_a_call(monkeypatch) -> None:
     )
     assert flash.rejections(x, x, x, pattern) == (
         'flash-attn-4 4.0.0b20 is too old: pip install "fastvideo-attention[flash]"',
+        'nvidia-cutlass-dsl is not installed: pip install "fastvideo-attention[flash]"',
         "needs an NVIDIA GPU, got a tensor on cpu",
         "needs float16 or bfloat16, got torch.float64",
         "needs a head size that is a multiple of 8 up to 128, got 20",

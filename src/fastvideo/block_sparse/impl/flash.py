@@ -28,7 +28,8 @@ from fastvideo.block_sparse.impl.slots import (
 from fastvideo.block_sparse.pattern import BlockPattern
 
 PACKAGE = "flash-attn-4"
-_MINIMUM = (4, 0, 0, 36)
+# The second compiles the first one's kernels.
+_PACKAGES = ((PACKAGE, (4, 0, 0, 36)), ("nvidia-cutlass-dsl", (4, 6, 2)))
 _TILE = 128
 _DTYPES = (torch.bfloat16, torch.float16)
 # Above it the kernels' own tiles are no longer 128 keys.
@@ -37,7 +38,8 @@ _MAX_HEAD_SIZE = 128
 
 def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> tuple[str, ...]:  # noqa: ARG001
     """Every reason why the package can't run both passes; see `Implementation.rejections`."""
-    reasons = [*package_rejections(PACKAGE, _MINIMUM, "flash"), *needs_cuda(query, (9, 10, 11))]
+    reasons = [reason for package, least in _PACKAGES for reason in package_rejections(package, least, "flash")]
+    reasons += needs_cuda(query, (9, 10, 11))
     if query.dtype not in _DTYPES:
         reasons.append(f"needs float16 or bfloat16, got {query.dtype}")
     if query.shape[3] > _MAX_HEAD_SIZE or query.shape[3] % 8:

@@ -8,14 +8,13 @@ Shape legend: B batch, S tokens, H heads, D head size, N tiles.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
-from fastvideo.platforms.system import installed_packages
+from fastvideo.platforms.system import installed_packages, is_older
 
 __all__ = [
     "Slots",
@@ -116,8 +115,7 @@ def package_rejections(package: str, minimum: tuple[int, ...], extra: str) -> li
     install = f'pip install "fastvideo-attention[{extra}]"'
     if version is None:
         return [f"{package} is not installed: {install}"]
-    numbers = tuple(map(int, re.findall(r"\d+", version)))
-    if numbers < minimum[: len(numbers)]:
+    if is_older(version, minimum):
         return [f"{package} {version} is too old: {install}"]
     return []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from fastvideo.attention.backends.flash_attn.kernels import run_fa2, run_fa3, run_fa3_forward, run_fa4
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.platforms import System
+from fastvideo.platforms.system import is_older
 
 __all__ = ["GENERATIONS", "Generation", "choose_generation"]
 
@@ -48,8 +48,7 @@ class Generation:
         if version is None:
             reasons.append(f"not installed; {self.install}")
         else:
-            numbers = tuple(map(int, re.findall(r"\d+", version)))
-            if numbers < self.minimum[: len(numbers)]:
+            if is_older(version, self.minimum):
                 reasons.append(f"version {version} is too old; {self.install}")
             reasons += [f"{name} is missing; {self.install}" for name in self.needs if system.version_of(name) is None]
         capability = system.capability if system.platform == "cuda" else None

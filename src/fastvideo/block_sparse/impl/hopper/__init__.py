@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from fastvideo.block_sparse.impl import Implementation
 from fastvideo.block_sparse.pattern import BlockPattern
+from fastvideo.platforms.triton_support import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # What ran on a GPU against float64. Head size 64 compiles and waits for that: ptxas 12.8 gave its first dquery kernel wrong
@@ -30,7 +30,7 @@ _INSTALL = 'pip install "fastvideo-attention[triton]"'
 
 @functools.cache
 def _triton_rejection() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return f"triton is not installed: {_INSTALL}"
     version = importlib.metadata.version("triton")
     if not version.startswith(tuple(f"{known}." for known in _TRITON_VERSIONS)):

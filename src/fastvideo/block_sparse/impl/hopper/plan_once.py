@@ -2,7 +2,7 @@
 
 Up to CHUNK pieces stay in registers between counting and writing; longer sides are read twice, a chunk at a time. Its plans
 are those of `plan_marks_kernel`, entry by entry. It has run in Triton's interpreter only, so launches take the other one
-until it has run on a GPU (`launch.PLANS_IN_ONE_PASS`).
+until it has run on a GPU (`launch.PLANS_IN_ONE_PASS`); after that only the faster of the two stays.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

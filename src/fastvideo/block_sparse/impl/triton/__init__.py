@@ -7,23 +7,16 @@ precision. The same inputs give the same bits, forward and backward. Triton is i
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from fastvideo.block_sparse.impl import Implementation
 from fastvideo.block_sparse.pattern import BlockPattern
+from fastvideo.platforms.triton_support import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_SIZE = 256
 _MAX_TILE_SIZE = 256
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _device_rejections(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -42,7 +35,7 @@ def _device_rejections(device: torch.device, dtype: torch.dtype) -> tuple[str, .
 def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> tuple[str, ...]:  # noqa: ARG001
     """Every reason why the kernels can't run; see `Implementation.rejections`."""
     reasons: list[str] = []
-    if _has_triton():
+    if has_triton():
         reasons += _device_rejections(query.device, query.dtype)
     else:
         reasons.append('triton is not installed: pip install "fastvideo-attention[triton]"')
