@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from fastvideo.cli import main
-from fastvideo.cli.generate import bundled_model
 from fastvideo.cli.media import contact_sheet, to_pixels, write_mp4
-from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
+from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel, bundled_model
 from fastvideo.models.sprites.quality import check_clip
 from fastvideo.models.sprites.scenes import is_held_out, sample_prompts
 

@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 
 from fastvideo.attention.selector import use_attn_backend
 from fastvideo.cli.media import contact_sheet, enlarge, to_pixels, write_mp4, write_png
-from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
+from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel, bundled_model
 from fastvideo.models.sprites.prompts import describe_vocabulary, parse_prompt
 from fastvideo.settings import Settings
 
@@ -126,11 +125,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.device is not None and torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"torch sees no CUDA device here, got --device {args.device}; leave it out to run on the CPU")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-
-
-def bundled_model() -> Path:
-    """Return the folder of the model that comes with this package."""
-    return Path(str(resources.files("fastvideo.models.sprites") / "bundled"))
 
 
 def _sample(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,27 @@ from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import Solver, draw_noise, sample_flow
 from fastvideo.models.sprites.prompts import ScenePrompt, tokenize
 from fastvideo.models.text import WordEncoder, WordEncoderConfig
-from fastvideo.models.wan import WanConfig, WanTransformer3DModel
-from fastvideo.models.wan.checkpoint import cast_weights
+from fastvideo.models.wan import WanTransformer3DModel
+from fastvideo.models.wan.checkpoint import read_json
+from fastvideo.models.wan.config import AttentionKind
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _TEXT_PREFIX = "text_encoder."
 _FORMAT = "fastvideo-sprites-1"
 
-
 NUM_COORDINATES = 3
 """Channels that `with_coordinates` appends: frame, row and column."""
+
+
+def bundled_model() -> Path:
+    """Return the folder of the model that comes with this package."""
+    return Path(str(resources.files("fastvideo.models.sprites") / "bundled"))
+
+
+def is_sprite_config(values: Mapping[str, Any]) -> bool:
+    """Whether this is the content of the `config.json` of a folder that `SpriteVideoModel.load` reads."""
+    return values.get("format") == _FORMAT
 
 
 def with_coordinates(video: Tensor) -> Tensor:
@@ -173,34 +184,41 @@ class SpriteVideoModel:
 
     @classmethod
     def load(
-        cls, directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        directory: str | Path,
+        *,
+        attention: AttentionKind | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> SpriteVideoModel:
         """Read a folder written by `save`.
 
         Args:
             directory: Holds `config.json` and `model.safetensors`.
+            attention: Overrides the stored kind, as for `WanTransformer3DModel.load`.
             device: Where the model runs.
             dtype: Dtype of the transformer, whose timestep embedder and norms stay in float32, as does the text encoder.
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: The folder holds another kind of model.
+            ValueError: The folder holds another kind of model, or gates would be dropped.
             RuntimeError: Weights are missing, unknown or of another shape than the configuration says.
         """
         folder = Path(directory)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing: give a folder that `fastvideo train` wrote")
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if config.get("format") != _FORMAT:
+        config = read_json(folder / CONFIG_NAME)
+        if not is_sprite_config(config):
             raise ValueError(f"expected {_FORMAT!r} as the format of {folder / CONFIG_NAME}, got {config.get('format')!r}")
         weights = _safetensors().load_file(folder / WEIGHTS_NAME, device=str(device))
         text = {name.removeprefix(_TEXT_PREFIX): w for name, w in weights.items() if name.startswith(_TEXT_PREFIX)}
         video = {name: weight for name, weight in weights.items() if not name.startswith(_TEXT_PREFIX)}
+        transformer = WanTransformer3DModel.from_weights(
+            config["transformer"], video, attention=attention, dtype=dtype, source=str(folder)
+        )
         with torch.device("meta"):
-            transformer = WanTransformer3DModel(WanConfig.from_dict(config["transformer"]))
             encoder = WordEncoder(WordEncoderConfig.from_dict(config["text_encoder"]))
-        transformer.load_state_dict(cast_weights(video, dtype), strict=True, assign=True)
         wide = torch.promote_types(dtype, torch.float32)
         encoder.load_state_dict({name: weight.to(wide) for name, weight in text.items()}, strict=True, assign=True)
         return cls(

@@ -18,7 +18,7 @@ from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.distributed import gather_sequence, shard_sequence, shards_of
 from fastvideo.forward_context import checkpoint
 from fastvideo.models.wan.blocks import WanTransformerBlock, WideLayerNorm, modulate, widen
-from fastvideo.models.wan.checkpoint import cast_weights, read_config, read_weights, write_folder
+from fastvideo.models.wan.checkpoint import cast_weights, gate_names, read_config, read_weights, write_folder
 from fastvideo.models.wan.config import AttentionKind, WanConfig
 from fastvideo.models.wan.embeddings import ConditionEmbedder, patchify, rotary_tables, unpatchify
 
@@ -221,25 +221,47 @@ class WanTransformer3DModel(nn.Module):
             RuntimeError: Weights are missing, unknown or of another shape than the configuration says.
         """
         values = read_config(Path(directory))
+        weights = read_weights(Path(directory), device)
+        return cls.from_weights(values, weights, attention=attention, dtype=dtype, source=str(directory))
+
+    @classmethod
+    def from_weights(
+        cls,
+        values: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        *,
+        attention: AttentionKind | None = None,
+        dtype: torch.dtype | None = None,
+        source: str = "this checkpoint",
+    ) -> WanTransformer3DModel:
+        """Build a model around weights that are at hand already, which it keeps.
+
+        Args:
+            values: Content of a `config.json`.
+            weights: By name, all of them, on one device.
+            attention: As for `load`.
+            dtype: As for `load`.
+            source: Where both come from, for messages.
+
+        Raises:
+            ValueError: Gates would be dropped.
+            RuntimeError: Weights are missing, unknown or of another shape than the configuration says.
+        """
         stored_gate = WanConfig.from_dict(values).has_gate
-        if attention is not None:
-            values["attention"] = attention
-        config = WanConfig.from_dict(values)
+        config = WanConfig.from_dict({**values, **({} if attention is None else {"attention": attention})})
         if stored_gate and not config.has_gate:
             raise ValueError(
-                f"{directory} holds the gates of Video Sparse Attention, which a dense model has no place for; load it with "
+                f"{source} holds the gates of Video Sparse Attention, which a dense model has no place for; load it with "
                 'attention="vsa".'
             )
         with torch.device("meta"):
             model = cls(config)
-        weights = read_weights(Path(directory), device)
+        kept = dict(weights)
         if config.has_gate and not stored_gate:
-            for name, parameter in model.state_dict().items():
-                if "to_gate_compress" in name:
-                    weights[name] = torch.zeros(parameter.shape, dtype=weights["proj_out.weight"].dtype, device=device)
-        if dtype is not None:
-            weights = cast_weights(weights, dtype)
-        model.load_state_dict(weights, strict=True, assign=True)
+            like = kept["proj_out.weight"]
+            for name in gate_names(model.state_dict()):
+                kept[name] = torch.zeros(model.get_parameter(name).shape, dtype=like.dtype, device=like.device)
+        model.load_state_dict(kept if dtype is None else cast_weights(kept, dtype), strict=True, assign=True)
         return model
 
     def _grid_tyx(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
