@@ -102,12 +102,11 @@ def make_inputs(
     return {name: x.to("cuda", dtype) for name, x in inputs.items()}
 
 
-def skip_if_refused(name: str, inputs: dict[str, torch.Tensor], grid: TileGrid) -> None:
+def refusals(name: str, inputs: dict[str, torch.Tensor], grid: TileGrid, *, needs_grad: bool = False) -> tuple[str, ...]:
     layout = geometry.video_geometry(grid, "cuda").video_tiles
     lists = torch.zeros(1, 1, grid.num_tiles, 1, dtype=torch.int32, device="cuda")
-    tensors = [inputs[x][:, : grid.num_tokens] for x in ("query", "key", "value")]
-    if reasons := load_implementation(name).rejections(*tensors, BlockPattern(layout, layout, lists)):
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    tensors = [inputs[x][:, : grid.num_tokens].detach().requires_grad_(needs_grad) for x in ("query", "key", "value")]
+    return load_implementation(name).rejections(*tensors, BlockPattern(layout, layout, lists))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,8 @@ def test_whole_operation(name: str, grid_tyx, tile_tyx, num_text: int) -> None:
     grid = TileGrid(grid_tyx, tile_tyx)
     for size in (3.0, 11.0):
         inputs = make_inputs(grid_tyx, num_text, torch.bfloat16, size)
-        skip_if_refused(name, inputs, grid)
+        if reasons := refusals(name, inputs, grid):
+            pytest.skip(f"{name}: {'; '.join(reasons)}")
         means = [pool_tiles(inputs[x], grid_tyx, tile_tyx=tile_tyx, num_replicated=num_text) for x in ("query", "key")]
         lists = selection.select_tiles(means[0] * 128**-0.5, means[1], max(1, grid.num_tiles // 3))
         bound = {"grid_tyx": grid_tyx, "tile_tyx": tile_tyx, "num_replicated": num_text}
@@ -127,6 +127,7 @@ def test_whole_operation(name: str, grid_tyx, tile_tyx, num_text: int) -> None:
             partial(video_sparse_attention, num_kept=lists.shape[-1], impl=name, **bound),
             partial(video_sparse_attention_reference, sparsity=0.5, indices=lists, **bound),
             inputs,
+            gradients=not refusals(name, inputs, grid, needs_grad=True),
         )
 
 

@@ -27,6 +27,8 @@ from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 _SLOTS = (64, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_HEAD_SIZE, _MAX_HEAD_SIZE = 16, 256
+# Shapes that one process may meet; each is compiled once.
+_MAX_SHAPES = 256
 
 
 def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> tuple[str, ...]:
@@ -35,7 +37,8 @@ def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern)
     device, head_size = query.device.type, query.shape[3]
     if device not in ("cpu", "cuda"):
         reasons.append(f"needs tensors on cuda or cpu, got {query.device}")
-    if device == "cpu" and (query.requires_grad or key.requires_grad or value.requires_grad):
+    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    if device == "cpu" and needs_grad:
         reasons.append("FlexAttention has no backward on a CPU; detach the inputs, or use impl='portable'")
     if query.dtype not in _DTYPES:
         reasons.append(f"needs float16, bfloat16 or float32, got {query.dtype}")
@@ -44,7 +47,20 @@ def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern)
     for name, layout in (("query", pattern.query_tiles), ("key", pattern.key_tiles)):
         if layout.max_size > _SLOTS[-1]:
             reasons.append(f"needs {name} tiles of at most {_SLOTS[-1]} tokens, got {layout.max_size}")
+        elif device == "cuda" and needs_grad and _slot(layout) % (rows := _backward_block(query)):
+            least = rows // 2 + 1
+            reasons.append(f"its backward here needs {name} tiles of {least} to {rows} tokens, got {layout.max_size}")
     return tuple(reasons)
+
+
+def _backward_block(query: Tensor) -> int:
+    """Tokens that a tile's slot has to be a multiple of in the backward kernel that torch picks for a GPU.
+
+    Whatever block sizes are asked for, torch first drops the kernels whose own defaults don't divide the slots; on Hopper and
+    Blackwell that default is 128 for head sizes 64 to 128 in 16 bit, and nothing is left for slots of 64.
+    """
+    is_wide = torch.cuda.get_device_capability(query.device)[0] in (9, 10) and 64 <= query.shape[3] <= 128
+    return 128 if is_wide and query.dtype != torch.float32 else 64
 
 
 def _slot(layout: TileLayout) -> int:
@@ -55,8 +71,16 @@ def _slot(layout: TileLayout) -> int:
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
-    return compiled
+    # A whole graph or an error: past its limit of shapes torch would go on without a compiler, and then FlexAttention looks at
+    # no list.
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    @functools.wraps(flex_attention)
+    def with_room_for_shapes(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_MAX_SHAPES, accumulated_recompile_limit=_MAX_SHAPES):
+            return compiled(*args, **options)
+
+    return with_room_for_shapes
 
 
 def _flex(device: torch.device) -> Callable[..., Any]:
