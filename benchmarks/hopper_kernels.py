@@ -22,7 +22,7 @@ import torch
 
 from fastvideo.benchmark.accuracy import Attended, compare
 from fastvideo.benchmark.inputs import make_inputs, make_lists
-from fastvideo.benchmark.measure import describe_run, median_ms, sm_clock_mhz
+from fastvideo.benchmark.measure import describe_run, kernel_ms, median_ms, sm_clock_mhz
 from fastvideo.benchmark.shapes import SHAPES, BenchmarkShape, shape_named
 from fastvideo.block_sparse import BlockPattern, TileLayout, num_kept_tiles
 from fastvideo.block_sparse.impl.hopper import launch
@@ -43,18 +43,6 @@ def make_pattern(shape: BenchmarkShape, kind: str, tile_tyx: tuple[int, int, int
     noise = torch.rand(shape.batch, shape.num_heads, grid.num_tiles, grid.num_tiles, device=DEVICE)
     kept = num_kept_tiles(grid.num_tiles, shape.sparsity)
     return BlockPattern(layout, layout, noise.topk(kept).indices.sort(dim=-1).values.int())
-
-
-def kernel_ms(call: Any, repeats: int = 10) -> dict[str, float]:
-    """Milliseconds a call spends in each kernel, over `repeats` calls in a row after as many to warm up."""
-    for _ in range(repeats):
-        call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    times = {event.key[:60]: event.device_time_total / 1e3 / repeats for event in profile.key_averages()}
-    return dict(sorted(times.items(), key=lambda item: -item[1])[:8])
 
 
 def set_variant(variant: str, shipped: dict[str, Any]) -> None:

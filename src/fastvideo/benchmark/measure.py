@@ -14,7 +14,7 @@ import torch
 
 from fastvideo.platforms.system import current_platform
 
-__all__ = ["describe_run", "extra_peak_bytes", "live_bytes", "median_ms", "sm_clock_mhz"]
+__all__ = ["describe_run", "extra_peak_bytes", "kernel_ms", "live_bytes", "median_ms", "sm_clock_mhz"]
 
 _CPU_SECONDS = 0.3
 
@@ -38,6 +38,18 @@ def median_ms(call: Callable[[], object], device: torch.device, rep_ms: int = 10
         call()
         times.append(1000 * (time.perf_counter() - begin))
     return statistics.median(times)
+
+
+def kernel_ms(call: Callable[[], object], num_kernels: int = 8, repeats: int = 10) -> dict[str, float]:
+    """Milliseconds a call spends in its slowest CUDA kernels, by name: means over `repeats` calls in a row."""
+    for _ in range(repeats):
+        call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    times = {event.key[:60]: event.device_time_total / 1e3 / repeats for event in profile.key_averages()}
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:num_kernels])
 
 
 def sm_clock_mhz(call: Callable[[], object], device: torch.device) -> tuple[float, float] | None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvideo.block_sparse.attention import as_autocast
+from fastvideo.block_sparse.coarse import coarse_attention, tile_means
 from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
 from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
@@ -142,8 +143,14 @@ def _run(
     is_dense = impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad
     if is_dense and gate is None:
         return _dense_stage(query, key, value, scale)
-    means = _means(query, key, value, pooled, geometry, has_gate=gate is not None)
-    coarse = None if gate is None else _coarse_attention(means, scale)
+    means: Sequence[Tensor]
+    if pooled is not None:
+        means = pooled
+    else:
+        # Without a gate the means serve the choice alone, which passes no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and gate is not None):
+            means = tile_means((query, key) if gate is None else (query, key, value), geometry)
+    coarse = None if gate is None else coarse_attention(means, scale)
     if is_dense and gate is not None and coarse is not None:
         return add_gated_tiles(_dense_stage(query, key, value, scale), coarse, gate, geometry)
     indices = select_tiles(means[0] * scale, means[1], num_kept)
@@ -253,30 +260,6 @@ def _check_pooled(pooled: Pooled, inputs: tuple[Tensor, Tensor, Tensor], geometr
                 f"expected pooled means of shape {shape} in {dtype} on {like.device}, "
                 f"got {tuple(x.shape)} in {x.dtype} on {x.device}"
             )
-
-
-def _means(
-    query: Tensor, key: Tensor, value: Tensor, pooled: Pooled | None, geometry: VideoGeometry, *, has_gate: bool
-) -> Sequence[Tensor]:
-    """Means over tiles of query and key, and with a gate of value, `[B, N, H, D]` in fp32 or fp64."""
-    if pooled is not None:
-        return pooled
-    # Without a gate the means serve the choice alone, which passes no gradient.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and has_gate):
-        inputs = (query, key, value) if has_gate else (query, key)
-        return [tile_mean(x[:, : geometry.grid.num_tokens], geometry.grid, geometry.video_tiles.sizes) for x in inputs]
-
-
-def _coarse_attention(means: Sequence[Tensor], scale: float) -> Tensor:
-    """Attention of the means, `[B, N, Hq, D]` in fp32 or fp64."""
-    query, key, value = (x.transpose(1, 2) for x in means)
-    # The scale goes into the fp32 means: kernels that take the row maximum before scaling need it positive.
-    is_grouped = query.shape[1] != key.shape[1]
-    if is_grouped and query.device.type != "cpu":
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        is_grouped = False
-    out = F.scaled_dot_product_attention(query * scale, key, value, scale=1.0, enable_gqa=is_grouped)
-    return out.transpose(1, 2)
 
 
 def _dense_stage(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
