@@ -18,13 +18,13 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastvideo.training.config import TrainConfig
 from fastvideo.training.curves import plot_runs
 from fastvideo.training.finetune.cli import add_recipes
+from fastvideo.training.metrics import ProgressBar
 from fastvideo.training.trainer import RunOptions, Trainer
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**{name: getattr(args, name) for name in names})
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bar = _ProgressBar(config.max_steps)
+    bar = ProgressBar(config.max_steps)
     options = RunOptions(
         folder=args.out,
         device=device,
@@ -101,28 +101,3 @@ def _named_folders(runs: list[str]) -> dict[str, Path]:
     if not pairs or not all(name and equals and folder for name, equals, folder in pairs):
         raise ValueError(f"--plot needs --runs NAME=FOLDER [NAME=FOLDER ...], got {runs}")
     return {name: Path(folder) for name, _, folder in pairs}
-
-
-class _ProgressBar:
-    """A tqdm bar with the loss beside it, or nothing where tqdm is missing."""
-
-    def __init__(self, max_steps: int) -> None:
-        self._max_steps = max_steps
-        self._bar: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            logger.info("no progress bar: tqdm is missing (pip install tqdm)")
-            return
-        self._bar = tqdm(total=self._max_steps, unit="step", dynamic_ncols=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def advance(self, finished_steps: int, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self._bar.update(finished_steps - self._bar.n)

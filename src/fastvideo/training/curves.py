@@ -1,4 +1,4 @@
-"""Loss curves of one or several runs, drawn from their `metrics.jsonl`."""
+"""Loss curves of runs, drawn from their `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvideo.training.trainer import METRICS_NAME
+from fastvideo.training.metrics import METRICS_NAME
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -37,6 +37,19 @@ def held_out_losses(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, 
     return curves
 
 
+def figure_class() -> Any:
+    """Return matplotlib's `Figure`; a run that is to draw at its end asks for it at its beginning.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing loss curves needs matplotlib: pip install 'fastvideo-attention[train]'") from error
+    return Figure
+
+
 def plot_runs(folders: Mapping[str, Path], out: Path) -> None:
     """Draw training and held-out losses of runs into one PNG.
 
@@ -48,11 +61,7 @@ def plot_runs(folders: Mapping[str, Path], out: Path) -> None:
         ImportError: matplotlib is missing.
         FileNotFoundError: A folder has no metrics.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing loss curves needs matplotlib: pip install 'fastvideo-attention[train]'") from error
-    figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
+    figure = figure_class()(figsize=(9, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for label, folder in folders.items():
         metrics = read_metrics(folder)
@@ -70,4 +79,32 @@ def plot_runs(folders: Mapping[str, Path], out: Path) -> None:
     axes.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log", title="Rectified flow on sprites")
     axes.grid(which="both", alpha=0.25)
     axes.legend()
+    figure.savefig(out)
+
+
+def plot_run(folder: Path, out: Path) -> None:
+    """Draw a fine-tuning run's losses, and its sparsity below them, into a PNG.
+
+    Args:
+        folder: Where the run keeps its files.
+        out: The PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        FileNotFoundError: The folder has no metrics.
+    """
+    metrics = read_metrics(folder)
+    train = [line for line in metrics if line["kind"] == "train"]
+    steps = [line["step"] for line in train]
+    figure = figure_class()(figsize=(9, 5.5), dpi=120, layout="constrained")
+    losses, sparsity = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    losses.plot(steps, [line["loss"] for line in train], alpha=0.5, linewidth=1, label="training")
+    for name, curve in held_out_losses(metrics).items():
+        losses.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=f"held out, {name}")
+    losses.set(ylabel="mean squared error of the velocity")
+    losses.legend()
+    sparsity.plot(steps, [line["sparsity"] for line in train], drawstyle="steps-post")
+    sparsity.set(xlabel="step", ylabel="sparsity", ylim=(-0.02, 1.02))
+    for axes in (losses, sparsity):
+        axes.grid(alpha=0.25)
     figure.savefig(out)

@@ -6,7 +6,6 @@ evaluations. A run keeps these files in its folder: `metrics.jsonl`, `checkpoint
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -27,11 +26,11 @@ from fastvideo.models.wan.checkpoint import cast_weights
 from fastvideo.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvideo.training.config import TrainConfig
 from fastvideo.training.data import Examples, ExampleSource
+from fastvideo.training.metrics import Metrics
 from fastvideo.training.optim import MasterWeights, build_optimizers, set_learning_rates
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.jsonl"
 MODEL_NAME = "model"
 _EVALUATION_STEP = 1 << 31
 # Fixed, so that runs of any batch size are measured on the same clips.
@@ -114,8 +113,7 @@ class Trainer:
         options.folder.mkdir(parents=True, exist_ok=True)
         if options.resume:
             self.finished_steps, self._elapsed_before = load_checkpoint(options.folder, config, self.weights, self.optimizers)
-        else:
-            (options.folder / METRICS_NAME).write_text("", encoding="utf-8")
+        self._metrics = Metrics(options.folder, self.finished_steps)
         if config.compile == "model":
             self.transformer.compile(dynamic=False)
         elif config.compile == "blocks":
@@ -248,8 +246,7 @@ class Trainer:
 
     def record(self, line: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
-        with (self.options.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._metrics.write(line)
 
     def save_checkpoint(self) -> None:
         """Write the state that a resumed run continues from."""

@@ -28,14 +28,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert len(folder) == 5
     assert folder.shapes == [((4, 2, 4, 6), (5, 8))] * 3 + [((4, 1, 2, 2), (5, 8))] * 2
     for index in range(5):
-        latent, text = folder.read(index)
+        latent, text, condition = folder.read(index)
+        assert condition is None
         assert torch.equal(latent, LATENTS[index] if index < 3 else others[index - 3])
         assert torch.equal(text, TEXT[index] if index < 3 else TEXT[index - 3].half())
     assert torch.equal(folder.null_text, TEXT[0])
 
 
 BAD = {
-    "other names": ({"latent": LATENTS, "text": TEXT}, ValueError, r"tensors `latents` and `text`, got \['latent', 'text'\]"),
+    "other names": ({"latent": LATENTS, "text": TEXT}, ValueError, r"tensors `latents`, `text`, got \['latent', 'text'\]"),
     "other counts": ({"latents": LATENTS, "text": TEXT[:2]}, ValueError, "as many latents as texts"),
     "one video": ({"latents": LATENTS[0], "text": TEXT[0]}, ValueError, r"latents as \[N, C, T, Y, X\]"),
     "other channels": ({"latents": LATENTS[:, :3], "text": TEXT}, ValueError, r"latents \[N, 4, T, Y, X\]"),
@@ -76,6 +77,39 @@ def test_bad_folders_and_values_are_refused(tmp_path: Path) -> None:
         write_shard(tmp_path / "a.pt", LATENTS, TEXT)
     with pytest.raises(TypeError, match="float dtype"):
         write_shard(tmp_path / "b.safetensors", LATENTS, TEXT.int())
+
+
+CONDITIONED = dataclasses.replace(MODEL, in_channels=9)
+
+
+def test_a_condition_is_read_with_its_example(tmp_path: Path) -> None:
+    condition = torch.randn(3, 5, 2, 4, 6)
+    write_shard(tmp_path / "a.safetensors", LATENTS, TEXT, condition)
+    folder = LatentFolder(tmp_path, CONDITIONED)
+    for index in range(3):
+        assert torch.equal(folder.read(index).latent, LATENTS[index])
+        assert torch.equal(folder.read(index).condition, condition[index])
+    with devices("cpu") as on:
+        source = BatchSource(folder, FinetuneConfig(batch_size=3, precision="bfloat16"), on)
+        batch = source.part(0)
+    for latent, found in zip(batch.clean, batch.condition, strict=True):
+        [index] = [index for index in range(3) if torch.equal(LATENTS[index], latent)]
+        assert torch.equal(found, condition[index].bfloat16())
+    with pytest.raises(ValueError, match="input has no channels that a shard would bring"):
+        LatentFolder(tmp_path, MODEL)
+    with pytest.raises(ValueError, match=r"expected condition \[N, 2, T, Y, X\]"):
+        LatentFolder(tmp_path, CONDITIONED, num_appended=3)
+    with pytest.raises(ValueError, match="no channels that a shard would bring"):
+        LatentFolder(tmp_path, CONDITIONED, num_appended=5)
+    with pytest.raises(ValueError, match="is narrower than its output"):
+        LatentFolder(tmp_path, MODEL, num_appended=1)
+    write_shard(tmp_path / "b.safetensors", LATENTS, TEXT)
+    with pytest.raises(ValueError, match=r"b\.safetensors: expected .*`condition`, .*; `condition` is \[N, 5, T, Y, X\]"):
+        LatentFolder(tmp_path, CONDITIONED)
+    with pytest.raises(ValueError, match="of the latents' frames"):
+        write_shard(tmp_path / "c.safetensors", LATENTS, TEXT, condition[:, :, :1])
+    with pytest.raises(ValueError, match="as many latents as texts"):
+        write_shard(tmp_path / "c.safetensors", LATENTS, TEXT, condition[:2])
 
 
 def test_an_epoch_reads_each_example_once() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,14 +18,15 @@ from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
 from fastvideo.models.wan.checkpoint import read_json
-from fastvideo.testing import meeting_point
 from fastvideo.training.finetune.batches import BatchSource
 from fastvideo.training.finetune.benchmark import model_flops
 from fastvideo.training.finetune.config import FinetuneConfig
 from fastvideo.training.finetune.data import LatentFolder, write_null_text, write_shard
-from fastvideo.training.finetune.metrics import Metrics
+from fastvideo.training.finetune.origin import Origin
 from fastvideo.training.finetune.parallel import devices, load_sharded
 from fastvideo.training.finetune.trainer import Finetuner, RunOptions
+
+from .runs import losses, read, run_program
 
 MODEL = WanConfig(
     num_attention_heads=2,
@@ -79,16 +76,6 @@ def arguments(folders: Path, out: Path, **changes) -> list[str]:
     return ["train", "finetune", "--model", f"{folders}/model", "--data", f"{folders}/data", "--out", str(out), *flags]
 
 
-def read(out: Path, kind: str = "train") -> list[dict]:
-    return [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["kind"] == kind]
-
-
-def losses(out: Path) -> list[float]:
-    lines = read(out)
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def one(folders: Path, tmp_path_factory) -> Path:
     """A run that nothing interrupts, on one process, with evaluations."""
@@ -106,21 +93,6 @@ def killed(folders: Path, tmp_path_factory) -> Path:
     assert losses(out) != []
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002"]
     return out
-
-
-def run_program(runs: list[tuple[str, list[str]]], size: int) -> list[int]:
-    """Run commands one after another in each of `size` fresh processes, as `torchrun` would start them."""
-    environment = {**os.environ, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        places = [stack.enter_context(meeting_point()) for _ in runs]
-        command = [sys.executable, __file__, json.dumps([(place, *run) for place, run in zip(places, runs, strict=True)])]
-        ranks = [
-            subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)
-        ]
-        try:
-            return [rank.wait(timeout=240) for rank in ranks]
-        finally:
-            [rank.kill() for rank in ranks]
 
 
 def test_a_run_equals_a_plain_loop(folders: Path, one: Path) -> None:
@@ -219,7 +191,7 @@ def test_bfloat16_compiled_without_recomputation(folders: Path, one: Path, tmp_p
     torch._dynamo.reset()
     config = FinetuneConfig(**{**SETTINGS, "precision": "bfloat16", "max_steps": 2})
     with devices("cpu") as on:
-        model = load_sharded(folders / "model", "vsa", on, config.precision, compiler="eager")
+        model = load_sharded(Origin.open(folders / "model"), "vsa", on, config.precision, compiler="eager")
         options = RunOptions(tmp_path, checkpointing=False, compiled=True, log_interval=1, eval_interval=1, eval_batches=1)
         data = LatentFolder(folders / "data", MODEL)
         # One graph a sparsity and shape would be one too many if no room were made.
@@ -239,7 +211,7 @@ def test_bfloat16_narrows_what_the_model_narrows(folders: Path) -> None:
     with torch.no_grad(), set_forward_context(0, narrowed.attention_metadata(LATENTS[0][1:], 0, 0.5)):
         expected = narrowed(video, timestep, text)
         with devices("cpu") as on:
-            found = load_sharded(folders / "model", "vsa", on, "bfloat16")(video, timestep, text)
+            found = load_sharded(Origin.open(folders / "model"), "vsa", on, "bfloat16")(video, timestep, text)
     assert torch.equal(found, expected)
 
 
@@ -303,21 +275,3 @@ def test_model_flops_equal_those_that_torch_counts() -> None:
         model(video, torch.tensor([500.0]), text).sum().backward()
     # What the two count differently: the timestep's layers, and gradients that no parameter needs.
     assert counter.get_total_flops() == pytest.approx(model_flops(MODEL, 256, 5, 256), rel=0.02)
-
-
-def write_and_die(metrics: Metrics, line: dict) -> None:
-    """Kill the process with its third step's line on disk."""
-    with metrics.path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    if line.get("step") == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for place, what, command in json.loads(sys.argv[1]):
-        os.environ |= place
-        if what == "kill":
-            Metrics.write = write_and_die
-        if main(command) != 0:
-            sys.exit(1)

@@ -24,12 +24,14 @@ class Batch:
         noise: Standard normal, as `clean`.
         sigmas: Noise levels `[B]`, float32.
         text: `[B, L, text_dim]`, in the dtype of computation.
+        condition: `[B, C', T, Y, X]`, in the dtype of computation, or `None`.
     """
 
     clean: Tensor
     noise: Tensor
     sigmas: Tensor
     text: Tensor
+    condition: Tensor | None = None
 
 
 class BatchSource:
@@ -83,9 +85,11 @@ class BatchSource:
         first = (share * self.num_parts + part) * size
         indices = self._indices(step)
         examples = [self._example(indices[place], step, place) for place in range(first, first + size)]
-        clean, noise, levels, text = (torch.stack(values) for values in zip(*examples, strict=True))
+        clean, noise, levels, text = (torch.stack(values) for values in zip(*(drawn for drawn, _ in examples), strict=True))
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        return Batch(clean.to(device), noise, shift_noise_levels(levels, config.noise_shift), text.to(dtype))
+        conditions = [condition for _, condition in examples if condition is not None]
+        condition = torch.stack(conditions).to(device, dtype) if conditions else None
+        return Batch(clean, noise, shift_noise_levels(levels, config.noise_shift), text.to(dtype), condition)
 
     @property
     def num_shapes(self) -> int:
@@ -96,10 +100,10 @@ class BatchSource:
         """Return the shapes of a step's latents and texts."""
         return self._shapes[self._indices(step)[0]]
 
-    def _example(self, index: int, step: int, place: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return an example's latent, noise, noise level before the shift, and text."""
+    def _example(self, index: int, step: int, place: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+        """Return an example's latent, noise, noise level before the shift, and text; and its condition."""
         store, generator, device = self._store, self._generator, self._on.device
-        latent, text = store.read(index)
+        latent, text, condition = store.read(index)
         purpose = "evaluation" if self._is_evaluation else "training"
         generator.manual_seed(derived_seed(self._config.seed, purpose, step, place))
         noise = torch.randn(latent.shape, generator=generator, device=device)
@@ -108,7 +112,7 @@ class BatchSource:
         text = text.to(device)
         if store.null_text is not None:
             text = torch.where(is_dropped, store.null_text.to(device, text.dtype), text)
-        return latent.to(device, torch.float32), noise, level, text
+        return (latent.to(device, torch.float32), noise, level, text), condition
 
     def _indices(self, step: int) -> list[int]:
         """The example numbers of a step's batch."""

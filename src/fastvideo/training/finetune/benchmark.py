@@ -22,7 +22,7 @@ from fastvideo.block_sparse.selection import num_kept_tiles
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
 from fastvideo.models.wan.config import AttentionKind
 from fastvideo.training.finetune.config import FinetuneConfig
-from fastvideo.training.finetune.data import Shape
+from fastvideo.training.finetune.data import Example, Shape
 from fastvideo.training.finetune.parallel import Devices, shard_model
 from fastvideo.training.finetune.trainer import Finetuner, RunOptions
 
@@ -102,14 +102,14 @@ class _RandomExamples:
     null_text: Tensor | None = None
 
     def __init__(self, count: int, latent: Tensor, text: Tensor) -> None:
-        self._count, self._example = count, (latent, text)
+        self._count, self._example = count, Example(latent, text)
 
     @property
     def shapes(self) -> list[Shape]:
-        latent, text = self._example
+        latent, text, _ = self._example
         return [(tuple(latent.shape), tuple(text.shape))] * self._count
 
-    def read(self, index: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002  # one example stands for all
+    def read(self, index: int) -> Example:  # noqa: ARG002  # one example stands for all
         return self._example
 
 

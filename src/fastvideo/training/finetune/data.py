@@ -4,6 +4,8 @@ A folder holds shards `*.safetensors`, each with
 
 - `latents`: `[N, C, T, Y, X]`, videos as the model sees them (encoded and normalised), one shape per shard,
 - `text`: `[N, L, text_dim]`, the embeddings of their texts, padded as the checkpoint was trained,
+- `condition`: `[N, C', T, Y, X]`, where the model's input has C' channels more than its output: what stands behind the noisy
+  latents and gets no noise, such as the mask and the first frame of image to video,
 
 in any float dtype, and, for text dropout, a file `null_text.safetensors` with `text`, `[L, text_dim]`. Shards may differ in
 shape; a batch never does. Nothing is read but what a step needs.
@@ -17,7 +19,7 @@ import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +27,25 @@ from torch import Tensor
 from fastvideo.models.wan.config import WanConfig
 from fastvideo.training.finetune.config import derived_seed
 
-__all__ = ["ExampleStore", "LatentFolder", "Shape", "epoch_of_batches", "write_null_text", "write_shard"]
+__all__ = ["Example", "ExampleStore", "LatentFolder", "Shape", "epoch_of_batches", "write_null_text", "write_shard"]
 
 NULL_NAME = "null_text.safetensors"
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 """Shapes of a latent, `(C, T, Y, X)`, and of a text, `(L, text_dim)`."""
+
+
+class Example(NamedTuple):
+    """One example.
+
+    Attributes:
+        latent: `[C, T, Y, X]`.
+        text: `[L, text_dim]`.
+        condition: `[C', T, Y, X]`, or `None` where the model needs none.
+    """
+
+    latent: Tensor
+    text: Tensor
+    condition: Tensor | None = None
 
 
 class ExampleStore(Protocol):
@@ -41,8 +57,8 @@ class ExampleStore(Protocol):
     def shapes(self) -> list[Shape]:
         """The shapes of each example."""
 
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return an example's latent `[C, T, Y, X]` and text `[L, text_dim]`."""
+    def read(self, index: int) -> Example:
+        """Return an example."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class LatentFolder:
     Args:
         folder: Holds the shards.
         config: The model that they are for.
+        num_appended: Channels of its input that the run appends itself, and shards don't hold.
 
     Raises:
         FileNotFoundError: The folder or its shards are missing.
@@ -75,17 +92,24 @@ class LatentFolder:
         (3, torch.Size([16, 2, 4, 6]))
     """
 
-    def __init__(self, folder: Path, config: WanConfig) -> None:
+    def __init__(self, folder: Path, config: WanConfig, num_appended: int = 0) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; give one that holds shards *.safetensors of latents and text")
         paths = sorted(path for path in folder.glob("*.safetensors") if path.name != NULL_NAME)
         if not paths:
             raise FileNotFoundError(f"{folder} holds no shard *.safetensors; write them with write_shard(path, latents, text)")
         self.folder = folder
+        num_channels = config.out_channels or config.in_channels
+        self._num_channels = {"latents": num_channels, "condition": config.in_channels - num_channels - num_appended}
+        if self._num_channels["condition"] < 0:
+            raise ValueError(
+                f"this model's input of {config.in_channels} channels is narrower than its output of {num_channels} channels "
+                f"and the {num_appended} that are appended"
+            )
         self._shards: list[_Shard] = []
         self._files: dict[Path, Any] = {}
         for path in paths:
-            count, shape = _check_shard(path, self._open(path), config)
+            count, shape = _check_shard(path, self._open(path), config, self._num_channels)
             self._shards.append(_Shard(path, len(self), count, shape))
         self.null_text = self._read_null_text(config)
 
@@ -97,19 +121,19 @@ class LatentFolder:
         """The shapes of each example's latent and text."""
         return [shard.shape for shard in self._shards for _ in range(shard.count)]
 
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return an example's latent `[C, T, Y, X]` and text `[L, text_dim]`, on the CPU.
+    def read(self, index: int) -> Example:
+        """Return an example, on the CPU.
 
         Raises:
             ValueError: They hold NaN or infinity.
         """
         shard = self._shards[bisect.bisect_right(self._shards, index, key=lambda shard: shard.first) - 1]
         row, file = index - shard.first, self._open(shard.path)
-        latent, text = (file.get_slice(name)[row] for name in ("latents", "text"))
-        for name, tensor in (("latents", latent), ("text", text)):
+        tensors = {name: file.get_slice(name)[row] for name in _names(self._num_channels)}
+        for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{shard.path}: {name}[{row}] holds NaN or infinity; drop or mend this example")
-        return latent, text
+        return Example(tensors["latents"], tensors["text"], tensors.get("condition"))
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
@@ -131,22 +155,24 @@ class LatentFolder:
         return text
 
 
-def write_shard(path: Path, latents: Tensor, text: Tensor) -> None:
+def write_shard(path: Path, latents: Tensor, text: Tensor, condition: Tensor | None = None) -> None:
     """Write a shard.
 
     Args:
         path: Ends in `.safetensors`; its folder is made where it is missing.
         latents: `[N, C, T, Y, X]`.
         text: `[N, L, text_dim]`.
+        condition: `[N, C', T, Y, X]`, for a model whose input has C' channels more than its output.
 
     Raises:
         TypeError: A tensor isn't of a float dtype.
-        ValueError: The shapes don't fit each other, or the name another ending.
+        ValueError: The shapes don't fit each other, or the name has another ending.
     """
     if path.suffix != ".safetensors" or path.name == NULL_NAME:
         raise ValueError(f"expected a name that ends in .safetensors, other than {NULL_NAME}, got {path.name!r}")
-    _check_tensors(path, {"latents": latents, "text": text})
-    _save(path, {"latents": latents, "text": text})
+    tensors = {"latents": latents, "text": text, **({} if condition is None else {"condition": condition})}
+    _check_tensors(path, tensors)
+    _save(path, tensors)
 
 
 def write_null_text(folder: Path, text: Tensor) -> None:
@@ -182,38 +208,50 @@ def epoch_of_batches(shapes: list[Shape], batch_size: int, seed: int, epoch: int
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _check_shard(path: Path, file: Any, config: WanConfig) -> tuple[int, Shape]:
-    names = set(file.keys())
-    if names != {"latents", "text"}:
-        raise ValueError(f"{path}: expected the tensors `latents` and `text`, got {sorted(names)}")
+def _names(num_channels: dict[str, int]) -> tuple[str, ...]:
+    """The tensors of a shard, for a model that needs so many channels of latents and of condition."""
+    return ("latents", "text", "condition") if num_channels["condition"] else ("latents", "text")
+
+
+def _check_shard(path: Path, file: Any, config: WanConfig, num_channels: dict[str, int]) -> tuple[int, Shape]:
+    names, expected = sorted(file.keys()), _names(num_channels)
+    if set(names) != set(expected):
+        why = f"; `condition` is [N, {num_channels['condition']}, T, Y, X]" if "condition" in expected else ""
+        if "condition" in names and "condition" not in expected:
+            why = ": this model's input has no channels that a shard would bring"
+        raise ValueError(f"{path}: expected the tensors {', '.join(f'`{name}`' for name in expected)}, got {names}{why}")
     # One row shows the dtype; shapes are read without data.
-    shapes = {name: list(file.get_slice(name).get_shape()) for name in ("latents", "text")}
-    if 0 not in shapes["latents"] + shapes["text"]:
-        rows = {name: file.get_slice(name)[:1] for name in ("latents", "text")}
-        _check_tensors(path, rows)
-    count, *latent = shapes["latents"]
-    if 0 in shapes["latents"] + shapes["text"] or shapes["text"][0] != count:
+    shapes = {name: list(file.get_slice(name).get_shape()) for name in expected}
+    if any(0 in shape for shape in shapes.values()):
         raise ValueError(f"{path}: expected as many latents as texts, at least one, got {shapes}")
-    if latent[0] != config.in_channels or any(size % edge for size, edge in zip(latent[1:], config.patch_size, strict=True)):
-        raise ValueError(
-            f"{path}: expected latents [N, {config.in_channels}, T, Y, X] in whole patches of {config.patch_size}, got "
-            f"{shapes['latents']}"
-        )
+    _check_tensors(path, {name: file.get_slice(name)[:1] for name in expected})
+    _check_counts(path, shapes)
+    for name, channels in num_channels.items():
+        shape = shapes.get(name, [0, 0])
+        if shape[1] != channels or any(size % edge for size, edge in zip(shape[2:], config.patch_size, strict=False)):
+            raise ValueError(
+                f"{path}: expected {name} [N, {channels}, T, Y, X] in whole patches of {config.patch_size}, got {shape}"
+            )
     if shapes["text"][2] != config.text_dim:
         raise ValueError(f"{path}: expected text [N, L, {config.text_dim}], got {shapes['text']}")
-    return count, (tuple(latent), tuple(shapes["text"][1:]))
+    return shapes["latents"][0], (tuple(shapes["latents"][1:]), tuple(shapes["text"][1:]))
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    for name, num_dims, what in (("latents", 5, "[N, C, T, Y, X]"), ("text", 3, "[N, L, text_dim]")):
-        if tensors[name].ndim != num_dims:
-            raise ValueError(f"{path}: expected {name} as {what}, got {list(tensors[name].shape)}")
-        if not tensors[name].is_floating_point():
-            raise TypeError(f"{path}: expected {name} in a float dtype, got {tensors[name].dtype}")
-    if len(tensors["latents"]) != len(tensors["text"]) or not len(tensors["text"]):
-        raise ValueError(
-            f"{path}: expected as many latents as texts, at least one, got { {n: len(t) for n, t in tensors.items()} }"
-        )
+    dims = {"latents": "[N, C, T, Y, X]", "text": "[N, L, text_dim]", "condition": "[N, C', T, Y, X]"}
+    for name, tensor in tensors.items():
+        if tensor.ndim != dims[name].count(",") + 1:
+            raise ValueError(f"{path}: expected {name} as {dims[name]}, got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{path}: expected {name} in a float dtype, got {tensor.dtype}")
+    _check_counts(path, {name: list(tensor.shape) for name, tensor in tensors.items()})
+
+
+def _check_counts(path: Path, shapes: dict[str, list[int]]) -> None:
+    if len({shape[0] for shape in shapes.values()}) > 1 or not shapes["text"][0]:
+        raise ValueError(f"{path}: expected as many latents as texts, at least one, got {shapes}")
+    if "condition" in shapes and shapes["condition"][2:] != shapes["latents"][2:]:
+        raise ValueError(f"{path}: expected a condition of the latents' frames, rows and columns, got {shapes}")
 
 
 def _open_safetensors(path: Path) -> Any:

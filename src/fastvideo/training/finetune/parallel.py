@@ -14,7 +14,6 @@ import contextlib
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from fastvideo.models.wan import WanConfig, WanTransformer3DModel
 from fastvideo.models.wan.config import AttentionKind
 from fastvideo.settings import Settings
 from fastvideo.training.finetune.config import Precision
+from fastvideo.training.finetune.origin import Origin
 
 __all__ = ["Devices", "average_replicated", "clip_gradients", "devices", "load_sharded", "local", "shard_model"]
 
@@ -138,21 +138,21 @@ def shard_model(
 
 
 def load_sharded(
-    folder: Path, attention: AttentionKind, on: Devices, precision: Precision, compiler: str | None = None
+    origin: Origin, attention: AttentionKind, on: Devices, precision: Precision, compiler: str | None = None
 ) -> WanTransformer3DModel:
     """Load a checkpoint into a sharded model; one process reads it, and no device ever holds it whole.
 
     Args:
-        folder: As for `WanTransformer3DModel.load`.
-        attention: Kind of self attention, as there.
+        origin: The checkpoint.
+        attention: Kind of self attention, as for `WanTransformer3DModel.load`.
         on: Where.
         precision: Of weights in computation; masters are float32.
         compiler: As for `shard_model`.
 
     Raises:
-        FileNotFoundError: The folder lacks its configuration or weights.
+        FileNotFoundError: The checkpoint lacks its weights.
     """
-    whole = WanTransformer3DModel.load(folder, attention=attention, dtype=torch.float32) if on.rank == 0 else None
+    whole = origin.load(attention) if on.rank == 0 else None
     described = [None if whole is None else whole.config.to_dict()]
     dist.broadcast_object_list(described, src=0)
     with torch.device("meta"):

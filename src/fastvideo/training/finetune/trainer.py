@@ -24,14 +24,16 @@ from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.distributed import sequence_parallel
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
+from fastvideo.models.sprites.pipeline import with_coordinates
 from fastvideo.models.wan import WanTransformer3DModel
-from fastvideo.models.wan.checkpoint import SPARSITY_NOTE, write_folder
+from fastvideo.models.wan.checkpoint import cast_weights
 from fastvideo.training.finetune.batches import Batch, BatchSource
 from fastvideo.training.finetune.checkpoint import check_settings, last_checkpoint, load_checkpoint, save_checkpoint
 from fastvideo.training.finetune.config import FinetuneConfig
 from fastvideo.training.finetune.data import ExampleStore
-from fastvideo.training.finetune.metrics import Metrics
+from fastvideo.training.finetune.origin import Origin
 from fastvideo.training.finetune.parallel import Devices, average_replicated, clip_gradients, is_replicated, local
+from fastvideo.training.metrics import Metrics
 
 __all__ = ["Finetuner", "RunOptions"]
 
@@ -81,6 +83,8 @@ class Finetuner:
         on: The devices it is sharded over.
         examples: What is learned from.
         held_out: What is evaluated on, if anything.
+        origin: The checkpoint that the model comes from: the result is written as it is, with coordinates appended to the
+            input where it has them. `None` stands for one of Wan weights.
 
     Raises:
         FileNotFoundError: There is nothing to resume.
@@ -95,8 +99,10 @@ class Finetuner:
         on: Devices,
         examples: ExampleStore,
         held_out: ExampleStore | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.config, self.options, self.model, self.on = config, options, model, on
+        self.origin = origin or Origin(options.folder, model.config, is_sprites=False)
         self.batches = BatchSource(examples, config, on, options.accumulation)
         self.held_out = None if held_out is None else BatchSource(held_out, config, on, is_evaluation=True)
         check_settings(options.folder, config, options.sources or {}, resume=options.resume)
@@ -196,7 +202,7 @@ class Finetuner:
         dtype = batch.text.dtype
 
         def velocity(x: Tensor, timestep: Tensor, /, **conditioning: Tensor) -> Tensor:
-            predicted: Tensor = self.model(x.to(dtype), timestep, **conditioning)
+            predicted: Tensor = self.model(self.with_condition(x.to(dtype), batch.condition), timestep, **conditioning)
             return predicted
 
         metadata = self._metadata_of(tuple(batch.clean.shape[2:]), sparsity)
@@ -208,6 +214,11 @@ class Finetuner:
             # The output is a view that nothing writes to.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             return flow_matching_loss(velocity, batch.clean, batch.noise, batch.sigmas, {"encoder_hidden_states": batch.text})
+
+    def with_condition(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Append to noisy latents `[B, C, T, Y, X]` what else the model's input has: `[B, C + C', T, Y, X]`."""
+        x = with_coordinates(x) if self.origin.is_sprites else x
+        return x if condition is None else torch.cat([x, condition], dim=1)
 
     def num_tokens(self, step: int) -> int:
         """Video tokens of each example of a step."""
@@ -251,16 +262,15 @@ class Finetuner:
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write the averaged weights and the configuration as `WanTransformer3DModel.load` reads them."""
-        weights = {}
+        """Write the averaged weights and the configuration as the run's checkpoint had them, for the same `load`."""
+        weights: dict[str, Tensor] = {}
+        dtype = self.origin.stored_dtype(self.config)
         for (name, _), average in zip(self.model.named_parameters(), self.average, strict=True):
             whole = average.full_tensor() if isinstance(average, DTensor) else average
             if self.on.rank == 0:
-                dtype = torch.float32 if self.config.precision == "float32" or is_replicated(name) else torch.bfloat16
-                weights[name] = whole.to("cpu", dtype)
+                weights |= cast_weights({name: whole.to("cpu")}, dtype)
         if self.on.rank == 0:
-            notes = {SPARSITY_NOTE: self.config.sparsity} if self.config.attention == "vsa" else {}
-            write_folder(folder, {**self.model.config.to_dict(), **notes}, weights)
+            self.origin.save(folder, self.model.config, weights, self.config)
 
     def _record_training(self, step: int, loss: float, norm: float, tokens_per_second: float) -> None:
         line = {

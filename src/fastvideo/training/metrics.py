@@ -1,4 +1,4 @@
-"""What a run says while it goes: lines of JSON, a plot and a progress bar, all from process 0."""
+"""What a run says while it goes: lines of JSON, and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fastvideo.training.curves import held_out_losses, read_metrics
-from fastvideo.training.trainer import METRICS_NAME
+__all__ = ["METRICS_NAME", "Metrics", "ProgressBar"]
 
-__all__ = ["Metrics", "ProgressBar", "plot_run"]
+METRICS_NAME = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -70,35 +69,3 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(finished_steps - self._bar.n)
-
-
-def plot_run(folder: Path, out: Path) -> None:
-    """Draw a run's losses, and its sparsity below them, into a PNG.
-
-    Args:
-        folder: Where the run keeps its files.
-        out: The PNG to write.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        FileNotFoundError: The folder has no metrics.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing loss curves needs matplotlib: pip install 'fastvideo-attention[train]'") from error
-    metrics = read_metrics(folder)
-    train = [line for line in metrics if line["kind"] == "train"]
-    steps = [line["step"] for line in train]
-    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
-    losses, sparsity = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    losses.plot(steps, [line["loss"] for line in train], alpha=0.5, linewidth=1, label="training")
-    for name, curve in held_out_losses(metrics).items():
-        losses.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=f"held out, {name}")
-    losses.set(ylabel="mean squared error of the velocity")
-    losses.legend()
-    sparsity.plot(steps, [line["sparsity"] for line in train], drawstyle="steps-post")
-    sparsity.set(xlabel="step", ylabel="sparsity", ylim=(-0.02, 1.02))
-    for axes in (losses, sparsity):
-        axes.grid(alpha=0.25)
-    figure.savefig(out)
