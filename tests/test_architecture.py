@@ -17,6 +17,7 @@ FLOORS = (
     ("fastvideo.models", "fastvideo.integrations", "fastvideo.benchmark"),
     ("fastvideo.attention", "fastvideo.attention.layer", "fastvideo.attention.streaming", "fastvideo.attention.kv_cache"),
     ("fastvideo.attention.parallel",),
+    ("fastvideo.attention.positions",),
     ("fastvideo.attention.functional", "fastvideo.attention.parts", "fastvideo.attention.shared_call"),
     ("fastvideo.attention.dispatch", "fastvideo.attention.explain"),
     ("fastvideo.attention.selector",),

@@ -79,7 +79,7 @@ COMPILED = {
     "compiled, by heads": Named(compiled=True, replicated=7, padding=True, rope=True, uneven=True),
     "compiled, groups of heads and GQA": Named(compiled=True, heads=(8, 4), layout="ulysses", groups=2),
     "compiled, ring": Named(compiled=True, layout="ring", replicated=3, padding=True, uneven=True),
-    "compiled, causal ring": Named(compiled=True, layout="ring", causal=True),
+    "compiled, causal ring": Named(compiled=True, layout="ring", causal=True, replicated=3),
     "compiled, gather": Named(compiled=True, layout="gather", replicated=3, only_keys=True, groups=2),
     "compiled, mesh": Named(compiled=True, on="scope", layout="ring"),
     "compiled, VSA": Named(compiled=True, vsa=True, gate=True, replicated=7, rope=True),

@@ -45,10 +45,13 @@ VALUES: dict[str, tuple] = {
     "groups": (None, 2),
 }
 
+WITH_CAUSAL = [("causal", *pair) for pair in itertools.combinations(("layout", "replicated", "keys"), 2)]
+"""Fields whose values all occur together, because they decide which token stands where and which rank has it."""
+
 
 def is_legal(values: dict) -> bool:
     """Return whether a layer takes the combination; what it refuses is tested by name."""
-    if values["causal"] and (values["replicated"] or values["keys"] != "own"):
+    if values["causal"] and values["keys"] == "replicated":
         return False
     if values["keys"] == "replicated" and not values["replicated"]:
         return False
@@ -58,12 +61,13 @@ def is_legal(values: dict) -> bool:
 
 
 def draw_pairwise(seed: int, num_tries: int = 40) -> list[Case]:
-    """Return cases in which every legal pair of values of two fields occurs, drawn greedily."""
+    """Return cases in which every legal pair of values of two fields occurs, and every one of `WITH_CAUSAL`, drawn greedily."""
     source = random.Random(seed)
     names = list(VALUES)
+    together = [*itertools.combinations(names, 2), *WITH_CAUSAL]
 
     def pairs(values: dict) -> set:
-        return {((a, values[a]), (b, values[b])) for a, b in itertools.combinations(names, 2)}
+        return {tuple((name, values[name]) for name in combined) for combined in together}
 
     def draw(fixed: dict) -> dict | None:
         for _ in range(200):
@@ -73,8 +77,10 @@ def draw_pairwise(seed: int, num_tries: int = 40) -> list[Case]:
         return None
 
     missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in VALUES[a] for y in VALUES[b]
-    }  # fmt: skip
+        tuple(zip(combined, values, strict=True))
+        for combined in together
+        for values in itertools.product(*(VALUES[name] for name in combined))
+    }
     cases = []
     while missing:
         wanted = min(missing, key=str)

@@ -45,7 +45,9 @@ class Problem:
         self.case, self.device = case, device
         self.lengths = shard_lengths(case.lengths, size)
         self.kv_lengths = self.lengths
-        if case.keys == "sharded":
+        if case.keys == "sharded" and case.causal:  # as many as queries, elsewhere
+            self.kv_lengths = (*self.lengths[1:-1], sum(self.lengths[-1:]) + self.lengths[0], 0) if size > 1 else self.lengths
+        elif case.keys == "sharded":
             equal = len(set(self.lengths)) == 1
             self.kv_lengths = (5,) * size if equal else tuple((3 * rank + 2) % 7 for rank in range(size))
         elif case.keys == "replicated":
@@ -96,9 +98,25 @@ class Problem:
         if mask is not None and mask.is_floating_point():
             mask = leaves["attn_mask"] = mask.to(dtype).detach().requires_grad_()
         joined = [torch.cat([leaves[x] for x in (y, f"replicated_{y}") if x in leaves], dim=1) for y in "qkv"]
-        out = reference_attention(*joined, attn_mask=mask, is_causal=self.case.causal)
+        if self.case.causal:
+            mask = self.at_positions(mask, rows=joined[0].shape[1], columns=joined[1].shape[1])
+        out = reference_attention(*joined, attn_mask=mask)
         (out * self.weight.to(dtype)).sum().backward()
         return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    def at_positions(self, mask: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:
+        """Return a mask that lets each query see keys up to its own position; in front, replicated tokens have the first."""
+
+        def positions(count: int, length: int) -> torch.Tensor:
+            places = torch.arange(count, device=self.device)
+            return (places + self.more_keys) % (length + self.more_keys) if "front" in self.case.replicated else places
+
+        total = sum(self.lengths)
+        seen = (positions(rows, total)[:, None] >= positions(columns, total))[None, None]
+        if mask is None:
+            return seen
+        mask = mask[:, None, None] if mask.dim() == 2 else mask
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
     def local(self, name: str, x: torch.Tensor, rank: int) -> torch.Tensor:
         """Return a rank's part of an input, an output or a gradient of that name."""
@@ -135,7 +153,7 @@ class Problem:
                 leaves["attn_mask"] = leaf.requires_grad_()
             keywords["attn_mask"] = self.local_mask(leaf, group)
         equal = len(set(self.lengths)) == 1
-        if case.keys != "own" and not equal:
+        if case.keys != "own" and not (equal and len(set(self.kv_lengths)) == 1):
             keywords["kv_shard_lengths"] = self.kv_lengths
         layer = DistributedAttention(
             case.heads[0],
@@ -180,9 +198,14 @@ class Problem:
             if not exact[name].any():  # one visible key: all gradients of scores are 0, and there is nothing to scale by
                 torch.testing.assert_close(x, expected.to(x.dtype), rtol=0, atol=1e-13 if x.dtype == torch.float64 else 1e-5)
                 continue
-            # The whole tensor stands beside this rank's part, so that the budget is that of the whole.
-            whole = [torch.cat([y.flatten(), z[name].flatten()]) for y, z in ((expected, exact), (same_dtype, eager))]
-            assert_within_budget(torch.cat([x.flatten(), eager[name].flatten()]), *whole, name=name, floor_ulps=16)
+            # The whole tensor stands beside this rank's part, so that the budget is that of the whole, and ones, because
+            # gradients that cancel are sums of terms of this size.
+            ones = torch.ones_like(x).flatten()
+            whole = [
+                torch.cat([part.flatten(), y[name].flatten(), ones.to(part.dtype)])
+                for part, y in ((expected, exact), (same_dtype, eager))
+            ]
+            assert_within_budget(torch.cat([x.flatten(), eager[name].flatten(), ones]), *whole, name=name, floor_ulps=16)
 
 
 def group_of(case: Case, mesh) -> SequenceGroup:

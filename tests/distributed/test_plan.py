@@ -109,7 +109,7 @@ def test_reasons() -> None:
     assert cross.best is None
     assert "no layout can be" in str(cross)
     assert "causal attention needs as many queries as keys, got 64 and 32" in cross.layouts[0].reasons
-    assert "leaves open which tokens see which" in plan(8, None, 64, 4, causal=True, replicated=3).layouts[0].reasons[0]
+    assert plan(8, None, 64, 4, causal=True, replicated=3).best is not None
     meshed = plan(8, None, 4096, 8, mesh=(2, 4))
     assert {(layout.ring, layout.ulysses) for layout in meshed.layouts if layout.is_legal} == {(2, 4)}
     small = plan(40, None, 75_600, 8, device=DeviceModel(memory=1e9))

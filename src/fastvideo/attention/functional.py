@@ -198,6 +198,8 @@ def run_impl(
     metadata: AttentionMetadata | None,
     extras: dict[str, Any],
     replicated: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None,
+    *,
+    in_front: bool = False,
 ) -> Any:
     """Run preprocess, forward and postprocess of an implementation on one device.
 
@@ -207,6 +209,7 @@ def run_impl(
         metadata: The step's metadata.
         extras: Keyword arguments of `forward`.
         replicated: Replicated query, key and value, joined after the first hook; query may be `None`.
+        in_front: Join them before the sequence instead of behind it; with a query only.
 
     Returns:
         What `forward` returns; with `replicated`, the pair of sequence part and replicated part, `None` without its query.
@@ -229,15 +232,16 @@ def run_impl(
         if not lse:
             return output
         return output, impl.postprocess_output(lse[0].unsqueeze(-1), metadata).squeeze(-1)
-    length = query.shape[1]
-    if "num_replicated" in selected.keywords:
-        extras = {**extras, "num_replicated": replicated[1].shape[1]}
+    length, count = query.shape[1], replicated[1].shape[1]
+    if "num_replicated" in selected.keywords and not in_front:
+        extras = {**extras, "num_replicated": count}
     joined = [
-        own if more is None else torch.cat([own, more], dim=1)
+        own if more is None else torch.cat([more, own] if in_front else [own, more], dim=1)
         for own, more in zip((query, key, value), replicated, strict=True)
     ]
     output = impl.forward(*joined, metadata, **extras)
-    sequence, rest = output[:, :length], None if replicated[0] is None else output[:, length:]
+    sequence, rest = (output[:, count:], output[:, :count]) if in_front else (output[:, :length], output[:, length:])
+    rest = None if replicated[0] is None else rest
     if selected.has_postprocess:
         sequence = impl.postprocess_output(sequence, metadata)
     return sequence, rest

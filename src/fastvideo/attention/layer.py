@@ -229,14 +229,17 @@ class DistributedAttention(_AttentionLayer):
         head_size: Size of a head.
         num_kv_heads: Key and value heads; `None` means `num_heads`.
         softmax_scale: Factor of the scores, any finite number; `None` means `head_size ** -0.5`.
-        causal: Each query sees only keys up to its own position.
+        causal: Each query sees only keys up to its own position in the whole sequence, the one that one device would
+            concatenate: the shards in their order, with replicated tokens behind them or, with `joint_strategy="front"`,
+            before them. Behind, only replicated queries see replicated keys.
         supported_attention_backends: Backends that may run here; `None` means every one.
         prefix: The layer's dotted name in its model.
         backend: The backend of this layer, by name: it runs or raises.
         mesh: The devices that share the sequence: a one-dimensional `DeviceMesh`, one with dims `"ring"` and `"ulysses"`, or
             a process group.
         layout: `"auto"`, `"ulysses"`, `"ring"` or `"gather"`: a named one runs or raises.
-        joint_strategy: Where replicated tokens stand in a mask: `"rear"`, behind the sequence, or `"front"`.
+        joint_strategy: Where replicated tokens stand, for masks and causal attention: `"rear"`, behind the sequence, or
+            `"front"`.
         replicated_grad: `"reduced"` or `"partial"`, see above.
         head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed
             (by Ulysses and gather; groups are alike, so their number divides); `None` takes up to 5 on accelerators.
@@ -326,7 +329,8 @@ class DistributedAttention(_AttentionLayer):
             q: This device's queries, `[B, S_q, H, D]`; `S_q` may be 0 on some devices.
             k: This device's keys, `[B, S_kv, H_kv, D]`; `S_kv` may be 0, on all devices where replicated keys are given.
             v: This device's values, `[B, S_kv, H_kv, D]`.
-            replicated_q: Queries that every device holds, `[B, R, H, D]`, with their keys and values; all see all.
+            replicated_q: Queries that every device holds, `[B, R, H, D]`, with their keys and values; all see all, unless
+                the layer is causal.
             replicated_k: Keys that every device holds, `[B, R, H_kv, D]`, with values, and with queries or without.
             replicated_v: Their values, `[B, R, H_kv, D]`.
             attn_mask: Key padding, sharded like the keys, bool `[B, S_kv + R]`; or a full mask of this device's rows over
@@ -345,7 +349,7 @@ class DistributedAttention(_AttentionLayer):
             TypeError: A type or dtype is wrong, or the metadata is of another backend's class.
             ValueError: A shape, length, device or value is wrong, the layout contradicts the mesh, or needed metadata is
                 missing.
-            NotImplementedError: Causal attention between unequal lengths or with replicated tokens.
+            NotImplementedError: Causal attention between unequal lengths, those of all devices together.
             BackendUnavailable: No backend that may run here can, in this layout.
         """
         more, lengths = (replicated_q, replicated_k, replicated_v), (shard_lengths, kv_shard_lengths)
@@ -370,20 +374,16 @@ class DistributedAttention(_AttentionLayer):
         lengths, kv_lengths = shard_lengths_of(q, k, group, given_lengths, has_more=rest is not None)
         if self.causal:
             check_causal_lengths(sum(lengths), sum(kv_lengths))
-            if lengths != kv_lengths or rest is not None:
-                raise NotImplementedError(
-                    "causal attention with replicated tokens, or with keys sharded unlike queries, leaves open which tokens "
-                    "see which; pass a bool attn_mask instead"
-                )
         _check_gate(gate, q)
         call = SharedCall(
             q, k, v, gate, rest, attn_mask, lengths, kv_lengths, self.causal, self.softmax_scale,
             reduces=self.replicated_grad == "reduced", sends_float8=self.exchange_dtype is not None,
+            in_front=self.joint_strategy == "front",
         )  # fmt: skip
         rows = (q.shape[0], q.shape[1] + call.num_rows, self.num_heads, self.head_size)
         is_padding = isinstance(attn_mask, torch.Tensor) and attn_mask.dim() == 2
         kind = mask_kind(attn_mask, rows, (k.shape[1] if is_padding else sum(kv_lengths)) + call.num_more, q)
-        if self.joint_strategy == "front":
+        if call.in_front:
             call = replicated_last(call)
         layout, call, chosen = place(
             call, group, kind, self._dispatcher, attn_metadata,

@@ -17,6 +17,7 @@ from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.dispatch import Dispatcher, Selected
 from fastvideo.attention.functional import describe_call, forward_extras, run_impl
 from fastvideo.attention.parts import BackendParts
+from fastvideo.attention.positions import in_one_sequence, join_at, place_of, split_at
 from fastvideo.attention.shared_call import SharedCall, as_planned, heads_at_backend, lengths_at_backend, num_head_groups
 from fastvideo.distributed.collectives import Launched, exchange, finish_exchange, gather_route, launch_exchange
 from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
@@ -99,9 +100,10 @@ def _request_fields(call: SharedCall, kind: str | None, layout: Layout) -> dict[
     """Return the fields of the `AttentionRequest` for a group of this device's heads."""
     (query_len, key_len), merges = lengths_at_backend(call, layout)
     num_heads, num_kv_heads = heads_at_backend(call, layout)
+    num_replicated = 0 if call.is_causal and call.in_front else call.num_more
     fields = describe_call(
         call.query, call.key, call.value, call.mask, kind, call.scale, call.is_causal,
-        gate=call.gate, replicated=call.replicated, num_replicated=call.num_more, return_lse=merges,
+        gate=call.gate, replicated=call.replicated, num_replicated=num_replicated, return_lse=merges,
         layout=layout.name, lengths=(query_len, key_len),
     )  # fmt: skip
     return {**fields, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
@@ -225,13 +227,20 @@ def _attend_here(call: SharedCall, chosen: Chosen) -> tuple[Tensor, Tensor | Non
     """Attend with queries and keys that are all on this rank."""
     if call.query.shape[1] + call.num_rows == 0:
         return _tied(call.query, call), None
+    has_rows, is_in_front = call.num_rows > 0, call.is_causal and call.in_front
+    if call.is_causal:
+        call = in_one_sequence(call)
     tensors = (call.query, call.key, call.value) if call.gate is None else (call.query, call.key, call.value, call.gate)
-    result = run_impl(chosen.whole, tensors, call.metadata, forward_extras(attn_mask=call.mask), call.replicated)
-    return (result, None) if call.replicated is None else result
+    extras = forward_extras(attn_mask=call.mask)
+    result = run_impl(chosen.whole, tensors, call.metadata, extras, call.replicated, in_front=is_in_front)
+    output, rest = (result, None) if call.replicated is None else result
+    return output, rest if has_rows else None
 
 
 def _share_keys(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
     """Attend where queries stay and keys come from the ranks of the ring."""
+    if call.is_causal and call.replicated is not None:
+        return _share_in_one_sequence(call, layout, chosen)
     if layout.gathers and not call.is_causal:
         return _gather_keys(call, layout.ring, chosen)
     ring, (query, key, value, mask) = layout.ring, (call.query, call.key, call.value, call.mask)
@@ -263,6 +272,19 @@ def _share_keys(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         return exchange(output, regroup_route(shape, 1, call.lengths, ring.rank).back(), ring), None
     rest = output[:, num_queries:] if call.num_rows else None
     return output[:, :num_queries], rest
+
+
+def _share_in_one_sequence(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
+    """Attend causally with replicated tokens at their place in the sequence; one rank has them, all get their output."""
+    whole, ring = in_one_sequence(call), layout.ring
+    if whole.replicated is None:
+        return _share_keys(whole, layout, chosen)
+    output, _ = _share_keys(join_at(whole, ring.rank), layout, chosen)
+    output, rest = split_at(output, whole, ring.rank)
+    if not call.num_rows:
+        return output, None
+    lengths = [whole.num_more if rank == place_of(whole) else 0 for rank in range(ring.size)]
+    return output, exchange(rest, gather_route(rest.shape, 1, lengths), ring)
 
 
 def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple[Tensor, Tensor | None]:

@@ -53,6 +53,7 @@ class SharedCall:
         reduces: Gradients of replicated inputs are summed over devices.
         head_groups: Into how many groups each device's heads are cut, so that one travels while another is computed.
         sends_float8: Tensors travel in float8; inference only.
+        in_front: Replicated tokens stand before the sequence, which matters to causal attention.
         metadata: The step's metadata.
     """
 
@@ -69,6 +70,7 @@ class SharedCall:
     reduces: bool
     head_groups: int = 1
     sends_float8: bool = False
+    in_front: bool = False
     metadata: AttentionMetadata | None = None
 
     def packed(self, x: Tensor) -> Tensor:
@@ -152,10 +154,14 @@ def lengths_at_backend(call: SharedCall, layout: Layout) -> tuple[tuple[int, int
     lengths, kv_lengths = ([sum(row) for row in rows_of_mesh(x, layout.ulysses)] for x in (call.lengths, call.kv_lengths))
     if sum(kv_lengths) == 0:
         return (max(call.lengths) + call.num_rows, call.num_more), False
+    # Under causal attention replicated keys have queries, or nothing sees them.
+    more = call.num_more if call.in_front or call.num_rows else 0
     if layout.ring.size == 1:
-        return (sum(lengths) + call.num_rows, sum(kv_lengths) + call.num_more), False
+        num_rows, num_more = (more, more) if call.is_causal else (call.num_rows, call.num_more)
+        return (sum(lengths) + num_rows, sum(kv_lengths) + num_more), False
     if call.is_causal:
-        return (max(lengths), max(lengths)), True
+        longest = 2 * -(-(sum(lengths) + more) // (2 * layout.ring.size))
+        return (longest, longest), True
     keys = sum(kv_lengths) if layout.gathers else max(kv_lengths)
     return (max(lengths) + call.num_rows, keys + call.num_more), not layout.gathers
 
@@ -209,7 +215,7 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
         key_heads=call.key.shape[2],
         lengths=call.lengths,
         kv_lengths=call.kv_lengths,
-        replicated=(call.num_rows, call.num_more, call.reduces),
+        replicated=(call.num_rows, call.num_more, call.reduces, call.in_front),
         dtype=call.query.dtype,
         mask=mask,
         gate=call.gate is not None,

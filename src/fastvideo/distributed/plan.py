@@ -269,8 +269,6 @@ def _reasons(
         yield f"the mesh is ring={mesh[0]} × ulysses={mesh[1]}"
     if call.causal and call.seq != call.key_len:
         yield f"causal attention needs as many queries as keys, got {call.seq} and {call.key_len}"
-    if call.causal and call.replicated:
-        yield "causal attention with replicated tokens leaves open which tokens see which"
     if call.is_sparse and ring > 1:
         yield f"sparse attention selects tiles of the whole sequence; use ulysses, a mesh of ring=1 × ulysses={world_size}"
     if kv_bytes > device.memory:
