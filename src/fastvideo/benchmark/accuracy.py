@@ -18,7 +18,7 @@ from torch import Tensor
 from fastvideo.block_sparse import TileLayout
 from fastvideo.testing.budget import assert_within_budget
 
-__all__ = ["Attended", "Comparison", "compare"]
+__all__ = ["Attended", "Comparison", "compare", "head_results"]
 
 MAX_PAIRS = 8e9
 _NUM_SAMPLED_BLOCKS = 24
@@ -64,8 +64,8 @@ def compare(attended: Attended, leaves: Sequence[Tensor], dout: Tensor | None, r
     over: str | None = None
     for sample, head in dict.fromkeys([(0, 0), (batch - 1, num_heads - 1)]):
         heads = [x[sample, :, head] for x in (*leaves, *(() if dout is None else (dout,)))]
-        expected, rows = _head(attended, sample, head, [x.double() for x in heads], dout is not None)
-        eager, _ = _head(attended, sample, head, heads, dout is not None)
+        expected, rows = head_results(attended, sample, head, [x.double() for x in heads], dout is not None)
+        eager, _ = head_results(attended, sample, head, heads, dout is not None)
         for name, reference in expected.items():
             # Sampled blocks have the output, and the gradients that belong to queries.
             got = results[name][sample, :, head][rows]
@@ -78,10 +78,18 @@ def compare(attended: Attended, leaves: Sequence[Tensor], dout: Tensor | None, r
     return Comparison(errors, over)
 
 
-def _head(
+def head_results(
     attended: Attended, sample: int, head: int, tensors: list[Tensor], needs_grad: bool
 ) -> tuple[dict[str, Tensor], Tensor | slice]:
-    """Output and gradients of one head, `[S, D]` each, and the rows that were computed."""
+    """Output and gradients of one head, `[S, D]` each, and the rows that were computed.
+
+    Args:
+        attended: What is computed.
+        sample: The sample, for its lists.
+        head: The head, likewise.
+        tensors: Its query, key, value, with a coarse part also gate, and with gradients also that of the output, `[S, D]`.
+        needs_grad: Compute the gradients, by the names that `compare` takes.
+    """
     query, key, value = tensors[:3]
     dout = tensors[-1] if needs_grad else None
     sums = torch.promote_types(query.dtype, torch.float32)

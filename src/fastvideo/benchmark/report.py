@@ -1,13 +1,14 @@
-"""Results for people: a table of rows, and a picture of time against sparsity."""
+"""Results for people: tables of rows, and a picture of time against sparsity."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvideo.benchmark.parallel_run import ParallelRow
 from fastvideo.benchmark.run import PASSES, Row
 
-__all__ = ["format_rows", "plot_results"]
+__all__ = ["format_parallel_rows", "format_rows", "plot_results"]
 
 _INSTALL = "pip install matplotlib"
 
@@ -54,6 +55,51 @@ def _numbers(row: Row, dense: float | None) -> str:
         f"{_cell(row.tflops_padded, 6, 1)} {_cell(row.extra_peak_gib, 9, 3)} {_cell(row.saved_gib, 9, 3)} "
         f"{_cell(row.clock_mhz, 6, 0)}  {errors}{overlap}"
     )
+
+
+def format_parallel_rows(rows: Sequence[ParallelRow], *, with_model: bool = False) -> str:
+    """A table for each pass of dense and of sparse attention, fastest first, with one card and what has no rank in place.
+
+    Example:
+        >>> print(format_parallel_rows([ParallelRow("ring VSA", "forward", "fastvideo", "VSA", "ring", 2, 1, refused="no")]))
+        forward, dense
+           -  ring VSA: can't run: no
+    """
+    lines: list[str] = []
+    for is_sparse in (False, True):
+        for pass_name in PASSES:
+            own = [row for row in rows if row.pass_name == pass_name and row.is_sparse == is_sparse]
+            if own:
+                lines.append(f"{pass_name}, {'sparse' if is_sparse else 'dense'}")
+                lines += _parallel_lines(own, with_model)
+    return "\n".join(lines)
+
+
+def _parallel_lines(rows: Sequence[ParallelRow], with_model: bool) -> list[str]:
+    lines: list[str] = []
+    ran = sorted((row for row in rows if row.ms is not None), key=lambda row: row.ms or 0.0)
+    width = max((len(row.case) for row in ran), default=0)
+    if ran:
+        model = f" {'model ms':>9}" if with_model else ""
+        lines.append(
+            f"{'rank':>4}  {'case':{width}}  {'ms':>9}{model} {'efficiency':>10} {'exposed':>8} {'extra GiB':>9}  errors"
+        )
+    rank = 0
+    for row in ran:
+        rank += row.is_ranked
+        errors = " ".join(f"{name} {value:.1e}" for name, value in row.errors.items())
+        lines.append(
+            f"{rank if row.is_ranked else '-':>4}  {row.case:{width}}  {_cell(row.ms, 9, 3)}"
+            f"{' ' + _cell(row.model_ms, 9, 3) if with_model else ''} {_percent(row.efficiency, 10)} "
+            f"{_percent(row.exposed_share, 8)} {_cell(row.extra_peak_gib, 9, 3)}  {errors}".rstrip()
+        )
+        if row.over_budget is not None:
+            lines.append(f"      OVER BUDGET, not ranked: {row.over_budget}")
+    return lines + [f"   -  {row.case}: can't run: {_short(row.refused)}" for row in rows if row.refused is not None]
+
+
+def _percent(value: float | None, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.1%}"
 
 
 def _short(reason: str, limit: int = 240) -> str:

@@ -51,6 +51,7 @@ SHAPES: dict[str, BenchmarkShape] = {
     "fine-92k-tile64": BenchmarkShape((24, 48, 80), 40, 128, fine_tile_tyx=(4, 4, 4)),
     "fine-49k-tile128": BenchmarkShape((32, 32, 48), 16, 128, fine_tile_tyx=(4, 4, 8)),
     # For a CPU, and for tests of the benchmark itself.
+    "cpu-4k": BenchmarkShape((8, 16, 32), 4, 32, sparsity=0.75),
     "cpu-16k": BenchmarkShape((16, 32, 32), 4, 64, sparsity=0.875),
     "tiny": BenchmarkShape((5, 6, 8), 2, 32, sparsity=0.5),
     "tiny-fine": BenchmarkShape((4, 8, 8), 2, 32, sparsity=0.5, fine_tile_tyx=(4, 4, 4)),

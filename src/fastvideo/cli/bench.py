@@ -17,6 +17,7 @@ from fastvideo.benchmark.report import format_rows, plot_results
 from fastvideo.benchmark.run import PASSES, Row, run_cases
 from fastvideo.benchmark.shapes import SHAPES, shape_named
 from fastvideo.block_sparse.impl import IMPLEMENTATIONS
+from fastvideo.cli import bench_parallel
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,12 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows, the device, versions and commit to this file")
     parser.add_argument("--plot", type=Path, help="draw time against sparsity to this PNG")
+    bench_parallel.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print tables and write files; return 0, or 1 if a row is over budget."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check(args, device)
+    if args.parallel:
+        return bench_parallel.run(args, device.type)
     about = describe_run(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     results: list[tuple[str, str, list[Row]]] = []

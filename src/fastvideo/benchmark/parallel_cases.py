@@ -1,0 +1,309 @@
+"""What several ranks are measured with: one attention of a named shape, shared in every layout by the product's own layers.
+
+`B batch, S tokens, H heads, D head size`; `[B, S, H, D]` everywhere. A rank holds its shard of the tokens; the whole inputs,
+alike on every rank, are there for one card's result and for the local part of a layout without any exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from fastvideo.attention import DistributedAttention, DistributedAttention_VSA
+from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadata, VideoSparseAttentionMetadataBuilder
+from fastvideo.attention.registry import backend_name
+from fastvideo.attention.shared_call import SharedCall, num_head_groups
+from fastvideo.benchmark.accuracy import Attended
+from fastvideo.benchmark.cases import AUTOMATIC, VSA, make_cases, parse_tile
+from fastvideo.benchmark.inputs import Inputs, make_inputs
+from fastvideo.benchmark.shapes import BenchmarkShape
+from fastvideo.distributed.layouts import resolve_layout
+from fastvideo.distributed.mesh import LOCAL, SequenceGroup
+from fastvideo.distributed.plan import PlannedLayout, plan
+from fastvideo.distributed.precision import FLOAT8
+from fastvideo.distributed.shards import split_lengths
+from fastvideo.distributed.ulysses import share_heads
+
+__all__ = ["Call", "ParallelCase", "Problem", "local_call", "make_parallel_cases", "make_problem", "one_card"]
+
+Call = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention to share, as one rank sees it.
+
+    Attributes:
+        shape: Its sizes.
+        sparsity: What VSA skips.
+        inputs: The whole inputs, the same on every rank.
+        lengths: Tokens of each rank's shard.
+        rank: This rank.
+        tile_tyx: The tiles of VSA.
+    """
+
+    shape: BenchmarkShape
+    sparsity: float
+    inputs: Inputs
+    lengths: tuple[int, ...]
+    rank: int
+    tile_tyx: tuple[int, int, int]
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors are."""
+        return self.inputs.query.device
+
+    @property
+    def size(self) -> int:
+        """How many ranks share it."""
+        return len(self.lengths)
+
+    def shard(self, x: Tensor) -> Tensor:
+        """Return this rank's tokens of a tensor `[B, S, H, D]`, in memory of their own."""
+        return x.narrow(1, sum(self.lengths[: self.rank]), self.lengths[self.rank]).contiguous()
+
+    def shards(self) -> Inputs:
+        """Return this rank's part of every input."""
+        whole = self.inputs
+        return Inputs(*(self.shard(x) for x in (whole.query, whole.key, whole.value, whole.gate, whole.dout)))
+
+    def local_part(self, ulysses: int) -> Inputs:
+        """Return what this rank attends to once everything has arrived: its row's queries and all keys, of its heads."""
+        row, column = divmod(self.rank, ulysses)
+        first, stop = share_heads(self.shape.num_heads, self.shape.num_heads, ulysses).query[column]
+        start, count = sum(self.lengths[: row * ulysses]), sum(self.lengths[row * ulysses : (row + 1) * ulysses])
+        whole = self.inputs
+        query, gate, dout = (x[:, start : start + count, first:stop] for x in (whole.query, whole.gate, whole.dout))
+        key, value = (x[:, :, first:stop] for x in (whole.key, whole.value))
+        return Inputs(*(x.contiguous() for x in (query, key, value, gate, dout)))
+
+    def attended(self, backend: str) -> Attended:
+        """Return what a backend computes, for the reference."""
+        if backend != VSA:
+            return Attended()
+        (case,) = make_cases(
+            self.shape,
+            self.inputs,
+            "random",
+            backends=[backend],
+            impls=[AUTOMATIC],
+            sparsities=[self.sparsity],
+            tiles=["x".join(map(str, self.tile_tyx))],
+            window_tyx=(1, 1, 1),
+        )
+        return case.attended()
+
+    def metadata(self) -> VideoSparseAttentionMetadata:
+        """Return the metadata of VSA."""
+        return VideoSparseAttentionMetadataBuilder().build(
+            current_timestep=0,
+            raw_latent_shape=self.shape.grid_tyx,
+            patch_size=(1, 1, 1),
+            VSA_sparsity=self.sparsity,
+            device=self.device,
+            tile_tyx=self.tile_tyx,
+        )
+
+    def layer(self, backend: str, num_heads: int, group: SequenceGroup, lengths: Sequence[int] | None, **options: Any) -> Call:
+        """Return a layer of `num_heads` heads on the ranks of `group` as a call of query, key, value and perhaps gate."""
+        if backend == VSA:
+            sparse = DistributedAttention_VSA(num_heads, self.shape.head_size, mesh=group, **options)
+            metadata = self.metadata()
+
+            def attend_sparsely(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+                out: Tensor = sparse(query, key, value, gate_compress=gate, attn_metadata=metadata, shard_lengths=lengths)[0]
+                return out
+
+            return attend_sparsely
+        dense = DistributedAttention(num_heads, self.shape.head_size, mesh=group, backend=backend, **options)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out: Tensor = dense(query, key, value, shard_lengths=lengths)[0]
+            return out
+
+        return attend
+
+
+@dataclass(frozen=True)
+class ParallelCase:
+    """One way to compute a problem on all ranks.
+
+    Attributes:
+        name: For people.
+        library: `"fastvideo"`, or the peer.
+        backend: The backend, or the peer's kernel.
+        layout: The layout's name in a plan.
+        ring: Ranks that share keys.
+        ulysses: Ranks that swap heads for tokens.
+        build: Makes the call of this rank's query, key, value and perhaps gate; what it raises is a reason.
+        head_groups: Groups of heads of which one travels while another is computed.
+        is_sparse: It is VSA, with a gate.
+        is_float8: Tensors travel in float8, at inference.
+        planned: What the model on paper says of it.
+    """
+
+    name: str
+    library: str
+    backend: str
+    layout: str
+    ring: int
+    ulysses: int
+    build: Callable[[], Call]
+    head_groups: int | None = None
+    is_sparse: bool = False
+    is_float8: bool = False
+    planned: PlannedLayout | None = None
+
+
+def make_problem(
+    shape: BenchmarkShape, dtype: torch.dtype, device: torch.device, *, sparsity: float | None, tile: str, seed: int
+) -> Problem:
+    """Make the inputs of a shape, alike on every rank of the default process group.
+
+    Raises:
+        ValueError: The shape is a fine stage alone, or `tile` is none.
+    """
+    if shape.fine_tile_tyx is not None:
+        raise ValueError(f"expected the shape of a whole layer, got a fine stage alone: {shape}")
+    inputs = make_inputs(shape, "random", dtype, device, seed)
+    lengths = split_lengths(shape.num_tokens, dist.get_world_size())
+    wanted = shape.sparsity if sparsity is None else sparsity
+    return Problem(shape, wanted, inputs, lengths, dist.get_rank(), parse_tile(tile, shape.grid_tyx))
+
+
+def make_parallel_cases(
+    problem: Problem,
+    *,
+    backends: Sequence[str],
+    layouts: Sequence[str] | None,
+    head_groups: Sequence[int | None],
+    with_float8: bool,
+) -> list[ParallelCase]:
+    """Return every layout of every backend; those that can't be are refused when they are built or called.
+
+    Args:
+        problem: What is shared.
+        backends: By name.
+        layouts: Names of layouts as `plan` gives them; `None` for all.
+        head_groups: How many groups of heads to ask for; `None` is the layer's own choice.
+        with_float8: Add the layouts that can send in float8.
+
+    Raises:
+        ValueError: A layout is unknown to this number of ranks.
+        UnknownBackend: A backend is.
+    """
+    cases: list[ParallelCase] = []
+    groups = _Groups(problem)
+    for backend in dict.fromkeys(map(backend_name, backends)):
+        seen: set[tuple[str, int, int, int]] = set()
+        for wanted in head_groups:
+            for layout, resolved in _layouts(problem, backend, layouts, wanted, groups):
+                key = (layout.name, layout.ring, layout.ulysses, resolved)
+                if key not in seen:
+                    seen.add(key)
+                    cases.append(_case(problem, backend, layout, resolved, groups, is_float8=False))
+                    if with_float8 and layout.is_legal and not layout.name.endswith("ring"):
+                        cases.append(_case(problem, backend, layout, resolved, groups, is_float8=True))
+    return cases
+
+
+class _Groups:
+    """The ranks of each layout; a mesh is made once, by all ranks in the same order."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._device_type = problem.device.type
+        self._meshes: dict[tuple[int, int], SequenceGroup] = {}
+
+    def of(self, ring: int, ulysses: int) -> SequenceGroup:
+        if min(ring, ulysses) == 1:
+            return SequenceGroup.from_mesh(dist.group.WORLD)  # type: ignore[arg-type]  # set once initialised
+        if (ring, ulysses) not in self._meshes:
+            mesh = init_device_mesh(self._device_type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
+            self._meshes[ring, ulysses] = SequenceGroup.from_mesh(mesh)
+        return self._meshes[ring, ulysses]
+
+
+def _layouts(
+    problem: Problem, backend: str, names: Sequence[str] | None, wanted: int | None, groups: _Groups
+) -> Iterator[tuple[PlannedLayout, int]]:
+    """Yield every layout with the groups of heads that it comes to, as planned with them."""
+    shape = problem.shape
+    arguments: dict[str, Any] = {
+        "head_size": shape.head_size,
+        "batch": shape.batch,
+        "dtype": problem.inputs.query.dtype,
+        "sparsity": problem.sparsity if backend == VSA else None,
+        "has_gate": backend == VSA,
+    }
+
+    def planned(head_groups: int) -> tuple[PlannedLayout, ...]:
+        return plan(shape.num_heads, None, shape.num_tokens, problem.size, head_groups=head_groups, **arguments).layouts
+
+    found = planned(1)
+    unknown = set(names or ()) - {layout.name for layout in found}
+    if unknown:
+        known = ", ".join(dict.fromkeys(layout.name for layout in found))
+        raise ValueError(f"{problem.size} ranks have no layout {', '.join(sorted(unknown))}; there are {known}")
+    for layout in found:
+        if names is None or layout.name in names:
+            resolved = _num_head_groups(problem, backend, layout, wanted, groups)
+            same = (layout.name, layout.ring, layout.ulysses)
+            yield next(x for x in planned(resolved) if (x.name, x.ring, x.ulysses) == same), resolved
+
+
+def _num_head_groups(problem: Problem, backend: str, layout: PlannedLayout, wanted: int | None, groups: _Groups) -> int:
+    """Return into how many groups the layer cuts the heads."""
+    shape, dtype = problem.shape, problem.inputs.query.dtype
+    shard = torch.empty(
+        shape.batch, problem.lengths[problem.rank], shape.num_heads, shape.head_size, dtype=dtype, device=problem.device
+    )
+    gate = shard if backend == VSA else None
+    call = SharedCall(shard, shard, shard, gate, None, None, problem.lengths, problem.lengths, False, 1.0, reduces=True)
+    return num_head_groups(call, resolve_layout(_wish(layout), groups.of(layout.ring, layout.ulysses)), wanted)
+
+
+def _wish(layout: PlannedLayout) -> str:
+    """Return what a layer on the layout's ranks is asked for."""
+    return layout.name.split("+")[-1]
+
+
+def _case(
+    problem: Problem, backend: str, layout: PlannedLayout, head_groups: int, groups: _Groups, *, is_float8: bool
+) -> ParallelCase:
+    options: dict[str, Any] = {"layout": _wish(layout), "head_groups": head_groups}
+    if is_float8:
+        options["exchange_dtype"] = FLOAT8
+    group = groups.of(layout.ring, layout.ulysses)
+    mesh = f" {layout.ring}x{layout.ulysses}" if min(layout.ring, layout.ulysses) > 1 else ""
+    pieces = f" in {head_groups} groups" if head_groups > 1 else ""
+    return ParallelCase(
+        name=f"{layout.name}{mesh} {backend}{pieces}{', float8' if is_float8 else ''}",
+        library="fastvideo",
+        backend=backend,
+        layout=layout.name,
+        ring=layout.ring,
+        ulysses=layout.ulysses,
+        build=lambda: problem.layer(backend, problem.shape.num_heads, group, problem.lengths, **options),
+        head_groups=head_groups,
+        is_sparse=backend == VSA,
+        is_float8=is_float8,
+        # The model knows nothing of float8.
+        planned=None if is_float8 else layout,
+    )
+
+
+def one_card(problem: Problem, backend: str) -> Call:
+    """Return the same layer on one card, for the whole inputs."""
+    return problem.layer(backend, problem.shape.num_heads, LOCAL, None)
+
+
+def local_call(problem: Problem, backend: str, num_heads: int) -> Call:
+    """Return the layer of one rank's heads alone, for `Problem.local_part`."""
+    return problem.layer(backend, num_heads, LOCAL, None)
