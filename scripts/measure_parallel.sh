@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Test on several CUDA devices, then measure: what docs/parallel.md and docs/parallel-model.md show of them.
+#
+#   scripts/measure_parallel.sh [FOLDER]                   all of it, results in FOLDER (benchmarks/results)
+#   PARTS="test 720p" scripts/measure_parallel.sh          only some parts: test, 720p, 480p
+#   RANKS=2 DEVICE=cpu PARTS=cpu scripts/measure_parallel.sh   the same on gloo, a small shape
+#
+# Each step is a process of its own with a time limit, so that one failure costs nothing but its own rows; what a step has
+# measured by then is in its file.
+set -u
+folder=${1:-benchmarks/results}
+parts=${PARTS:-test 720p 480p}
+python=${PYTHON:-python}
+device=${DEVICE:-cuda}
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+ranks=${RANKS:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
+if [ "$ranks" -lt 2 ]; then
+    echo "needs 2 CUDA devices or more, found $ranks"
+    exit 2
+fi
+mkdir -p "$folder"
+status=0
+
+bench() { # NAME SECONDS ARGUMENT...
+    local name=$1-x$ranks limit=$2
+    shift 2
+    echo "== $name: fastvideo bench --parallel $*"
+    timeout -s KILL "$limit" "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" \
+        -m fastvideo bench --parallel "$@" --device "$device" --peers --model --json "$folder/$name.json" 2> "$folder/$name.log"
+    local code=$?
+    if [ $code -ne 0 ]; then
+        echo "== $name ended with status $code"
+        grep -v 'FutureWarning\|^ *warnings.warn' "$folder/$name.log" | tail -n 15
+        status=1
+    fi
+}
+
+for part in $parts; do
+    case $part in
+        test)
+            mapfile -t files < <(grep -rl 'mark.multi_gpu' tests)
+            timeout -s KILL 150 "$python" -m pytest -q -m multi_gpu "${files[@]}" 2>&1 | tail -n 40
+            [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+            ;;
+        720p) bench wan2.1-14b-720p 170 wan2.1-14b-720p --rounds 2 --round-ms 100 ;;
+        480p) bench wan2.1-1.3b-480p 100 wan2.1-1.3b-480p --rounds 3 --round-ms 60 --fp8 ;;
+        cpu) bench cpu-4k 100 cpu-4k --rounds 2 --round-ms 20 --backends TORCH_SDPA VIDEO_SPARSE_ATTN --dtype float32 ;;
+        *)
+            echo "unknown part $part; there are test, 720p, 480p and cpu"
+            status=2
+            ;;
+    esac
+done
+exit $status
