@@ -37,7 +37,9 @@ def folders(tmp_path_factory) -> Path:
 def train(folders: Path, out: Path, *extra: str, devices: int = 1, **changes) -> list[float]:
     options = {**SETTINGS, "checkpoint_interval": 3, "device": "cuda", **changes}
     flags = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+    # By number: a machine may not know its own name.
+    local = ["--standalone", "--local-addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *local, "--nproc-per-node", str(devices)]
     arguments = ["train", "finetune", "--model", f"{folders}/model", "--data", f"{folders}/data", "--out", str(out), *flags]
     result = subprocess.run([*command, "-m", "fastvideo", *arguments, *extra], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
