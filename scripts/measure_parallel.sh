@@ -39,11 +39,13 @@ bench() { # NAME SECONDS ARGUMENT...
 for part in $parts; do
     case $part in
         test)
-            mapfile -t files < <(grep -rl 'mark.multi_gpu' tests)
-            timeout -s KILL 150 "$python" -m pytest -q -m multi_gpu "${files[@]}" 2>&1 | tail -n 40
+            mapfile -t files < <(grep -rl --include='test_*.py' 'mark.multi_gpu' tests)
+            at_once=()
+            "$python" -c 'import xdist' 2> /dev/null && at_once=(-n "${#files[@]}" --dist loadfile)
+            timeout -s KILL 200 "$python" -m pytest -q -m multi_gpu "${at_once[@]}" --durations 8 "${files[@]}" 2>&1 | tail -n 60
             [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
             ;;
-        720p) bench wan2.1-14b-720p 170 wan2.1-14b-720p --rounds 2 --round-ms 100 ;;
+        720p) bench wan2.1-14b-720p 170 wan2.1-14b-720p --rounds 2 --round-ms 100 --fp8 ;;
         480p) bench wan2.1-1.3b-480p 100 wan2.1-1.3b-480p --rounds 3 --round-ms 60 --fp8 ;;
         cpu) bench cpu-4k 100 cpu-4k --rounds 2 --round-ms 20 --backends TORCH_SDPA VIDEO_SPARSE_ATTN --dtype float32 ;;
         *)
