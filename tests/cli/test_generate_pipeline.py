@@ -16,9 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
-from diffusers import WanTransformer3DModel as DiffusersWan
-from PIL import Image
+from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from fastvideo.cli import main
@@ -27,7 +25,8 @@ from fastvideo.cli.pipeline import _few_step_scheduler, parse_policy
 from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.testing import meeting_point
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+from .tiny_pipelines import WEIGHTS, components, sheet
+
 PROMPT = "a fox runs over the snow"
 SIZE = ["--size", "128x32", "--frames", "9"]  # latents of 3 × 4 × 16, a token grid of 3 × 2 × 8 in two tiles
 
@@ -40,32 +39,8 @@ def read_mp4(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A whole pipeline with random weights and a tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(0)
-    words = ["<pad>", "</s>", "<unk>", *["a", "fox", "runs", "over", "the", "snow", "at", "night", "cat"]]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1, "vocab_size": len(words)}
-    transformer = DiffusersWan(
-        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=16, freq_dim=16, ffn_dim=32,
-        num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
-    for name, parameter in transformer.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.1)
-    pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"),
-        text_encoder=UMT5EncoderModel(UMT5Config(**sizes)).eval(),
-        vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=transformer,
-    )
     path = tmp_path_factory.mktemp("pipeline") / "tiny-wan"
-    pipe.save_pretrained(path)
+    WanPipeline(**components()).save_pretrained(path)
     return path
 
 
@@ -87,11 +62,6 @@ def gated(folder: Path, tmp_path_factory) -> Path:
 def generate(model: Path, out: Path, *arguments: str, steps: bool = True) -> int:
     command = ["generate", "--device", "cpu", "--model", str(model), "--out", str(out), "--prompt", PROMPT, *SIZE]
     return main([*command, *(["--steps", "3"] if steps else []), *arguments])
-
-
-def sheet(path: Path) -> torch.Tensor:
-    """The contact sheet beside a video, which loses nothing."""
-    return torch.from_numpy(np.asarray(Image.open(path.with_suffix(".png"))).astype(int))
 
 
 def diffusers_sheet(path: Path, **arguments) -> torch.Tensor:

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bundled.add_argument("--words", action="store_true", help="list the words of prompts and stop")
     pipelines = parser.add_argument_group("diffusers pipelines; what isn't given is the pipeline's own default")
     pipelines.add_argument("--negative-prompt")
+    pipelines.add_argument("--image", type=Path, help="the first frame, for pipelines of image to video")
     pipelines.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the video, in pixels")
     pipelines.add_argument("--frames", type=int, help="of the video")
     pipelines.add_argument("--fps", type=int, help="frames per second of the file, by default 16")
@@ -94,7 +95,7 @@ def _fill_in(args: argparse.Namespace) -> None:
     Raises:
         ValueError: An option is for pipelines only, or the prompt is outside the grammar.
     """
-    for name in ("negative_prompt", "size", "frames", "fps", "dtype", "policy", "timesteps"):
+    for name in ("negative_prompt", "image", "size", "frames", "fps", "dtype", "policy", "timesteps"):
         if getattr(args, name) is not None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is for diffusers pipelines, and "

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from fastvideo.cli.media import contact_sheet, write_mp4, write_png
-from fastvideo.cli.pipeline_folder import PipelineFolder, load_pipeline, read_pipeline_folder
+from fastvideo.cli.pipeline_folder import IMAGE_TO_VIDEO, PipelineFolder, load_pipeline, read_pipeline_folder
+from fastvideo.cli.pipeline_image import image_arguments, multiples, read_image
 from fastvideo.integrations import AttentionPolicy, Rule
 from fastvideo.models.wan.checkpoint import CONFIG_NAME, SPARSITY_NOTE, read_json
 
@@ -91,11 +92,19 @@ def generate_with_pipeline(args: argparse.Namespace, rank: int, device: torch.de
     """
     wanted = _wanted_arguments(args)
     folder = read_pipeline_folder(args.model)
+    if args.image is None and folder.takes_image:
+        raise ValueError(f"a {folder.class_name} makes videos from an image; give --image FILE, the first frame")
+    if args.image is not None and folder.takes_image is False:
+        raise ValueError(f"--image is for a {IMAGE_TO_VIDEO}, and {folder.path} is a {folder.class_name}; leave it out")
+    image = None if args.image is None else read_image(args.image)
+    folder = folder if image is None else folder.for_image()
     policy = _policy(args, folder)
     dtype = _DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = load_pipeline(folder, device, dtype)
     if args.timesteps:
         pipe.scheduler = _few_step_scheduler(args.timesteps)
+    if image is not None:
+        wanted |= image_arguments(pipe, image, wanted.get("height"), wanted.get("width"))
     arguments = _accepted_arguments(pipe, wanted)
     clips = []
     if args.compare:
@@ -179,24 +188,24 @@ def _accepted_arguments(pipe: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return what is wanted, checked against what the pipeline takes."""
     parameters = inspect.signature(pipe.__call__).parameters
     needs = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    name = type(pipe).__name__
     if "num_frames" not in parameters or set(needs) - set(wanted):
-        reason = f"it needs {', '.join(needs)}" if needs else "it takes no num_frames"
+        lacking = sorted(set(needs) - set(wanted))
+        reason = f"it needs {', '.join(lacking)}" if lacking else "it takes no num_frames"
         raise NotImplementedError(
-            f"{type(pipe).__name__} isn't a text-to-video pipeline: {reason}; call it from Python, after "
+            f"{name} isn't a text-to-video pipeline, nor {IMAGE_TO_VIDEO}: {reason}; call it from Python, after "
             "fastvideo.integrations.diffusers.apply(pipe)"
         )
     if unknown := sorted(set(wanted) - set(parameters)):
-        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave the option out")
-    if type(pipe).__name__ == "WanPipeline":
+        raise ValueError(f"{name} takes no {', '.join(unknown)}; leave the option out")
+    if name in ("WanPipeline", IMAGE_TO_VIDEO):
         _check_wan_size(pipe, wanted)
     return wanted
 
 
 def _check_wan_size(pipe: Any, wanted: dict[str, Any]) -> None:
     """Refuse a size that the pipeline would round, with a warning at most."""
-    model = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
-    for name, edge in (("height", model.config.patch_size[1]), ("width", model.config.patch_size[2])):
-        multiple = pipe.vae_scale_factor_spatial * edge
+    for name, multiple in zip(("height", "width"), multiples(pipe), strict=True):
         if wanted.get(name, 0) % multiple:
             below = wanted[name] // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below else str(multiple)

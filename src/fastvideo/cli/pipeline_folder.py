@@ -6,7 +6,7 @@ A folder is checked before anything is loaded, by file names and headers alone, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.models.wan.checkpoint import gate_names, indexed_files, read_header, read_json
 from fastvideo.models.wan.pipeline import WanInPipeline
 
-__all__ = ["MODEL_INDEX", "PipelineFolder", "load_pipeline", "read_pipeline_folder"]
+__all__ = ["IMAGE_TO_VIDEO", "MODEL_INDEX", "PipelineFolder", "load_pipeline", "read_pipeline_folder"]
 
 MODEL_INDEX = "model_index.json"
+IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
+"""Of Wan 2.1, with an encoder of the image besides, and of 2.2, without."""
+
 _INSTALL = "pip install 'fastvideo-attention[pipelines]'"
 _TOKENIZER = re.compile(r"Tokenizer")
-_WITHOUT_WEIGHTS = re.compile(r"Scheduler$|Tokenizer|Processor$|Extractor$")
+_WITHOUT_WEIGHTS = re.compile(r"Scheduler$|Tokenizer|Processor(Fast|Pil)?$|Extractor$")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer.model")
 # Pipelines of other packages whose folders are laid out as one of diffusers'.
 _LAID_OUT_AS = {"WanDMDPipeline": "WanPipeline"}
@@ -36,12 +39,18 @@ class PipelineFolder:
         class_name: The pipeline's class in diffusers.
         gated: Names of transformers whose checkpoints have gates of Video Sparse Attention.
         weights: Names of the weights in each component's files.
+        takes_image: Whether it makes videos from an image; `None` where it does either, as Wan 2.2's model of 5B does.
     """
 
     path: Path
     class_name: str
     gated: tuple[str, ...]
     weights: dict[str, frozenset[str]]
+    takes_image: bool | None = False
+
+    def for_image(self) -> PipelineFolder:
+        """Return the same files as a pipeline of image to video."""
+        return replace(self, class_name=IMAGE_TO_VIDEO, takes_image=True)
 
 
 def read_pipeline_folder(path: Path) -> PipelineFolder:
@@ -78,7 +87,10 @@ def read_pipeline_folder(path: Path) -> PipelineFolder:
         kind = FileNotFoundError if missing else ValueError
         raise kind(f"{path} is no whole {class_name}:\n{listed}")
     gated = tuple(name for name, names in weights.items() if gate_names(names))
-    return PipelineFolder(path, _LAID_OUT_AS.get(class_name, class_name), gated, weights)
+    class_name = _LAID_OUT_AS.get(class_name, class_name)
+    # A model whose tokens have timesteps of their own takes a first frame that has no noise.
+    is_either = class_name == "WanPipeline" and bool(index.get("expand_timesteps"))
+    return PipelineFolder(path, class_name, gated, weights, None if is_either else class_name == IMAGE_TO_VIDEO)
 
 
 def _check_component(folder: Path, class_name: str) -> frozenset[str]:
@@ -105,7 +117,7 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
     Args:
         folder: What is loaded.
         device: Where to.
-        dtype: Of all weights but the VAE's, which decodes in float32.
+        dtype: Of all weights but the VAE's and the image encoder's, which work in float32.
 
     Raises:
         ImportError: diffusers or transformers is missing.
@@ -115,9 +127,12 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
     try:
         import accelerate  # noqa: F401  # diffusers' own message doesn't say what to install
         import diffusers
+        import ftfy  # noqa: F401  # some of diffusers' pipelines call it whether it is there or not
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"running diffusers pipelines needs diffusers, transformers and accelerate: {_INSTALL}") from error
+        raise ImportError(
+            f"diffusers pipelines need diffusers, transformers, accelerate and ftfy: {_INSTALL}"
+        ) from error
     pipeline_cls = getattr(diffusers, folder.class_name, None)
     if pipeline_cls is None or not hasattr(pipeline_cls, "from_pretrained"):
         raise NotImplementedError(
@@ -130,9 +145,8 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
         )
     # An optional component that is None isn't loaded.
     instead = dict.fromkeys(folder.gated)
-    pipe = pipeline_cls.from_pretrained(
-        str(folder.path), dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **instead
-    )
+    dtypes = {"default": dtype} | {name: torch.float32 for name in ("vae", "image_encoder") if name in folder.weights}
+    pipe = pipeline_cls.from_pretrained(str(folder.path), dtype=dtypes, local_files_only=True, **instead)
     for name in folder.gated:
         model = WanTransformer3DModel.load(folder.path / name, dtype=dtype)
         pipe.register_modules(**{name: WanInPipeline(model)})
