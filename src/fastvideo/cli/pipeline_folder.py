@@ -130,9 +130,7 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
         import ftfy  # noqa: F401  # some of diffusers' pipelines call it whether it is there or not
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"diffusers pipelines need diffusers, transformers, accelerate and ftfy: {_INSTALL}"
-        ) from error
+        raise ImportError(f"diffusers pipelines need diffusers, transformers, accelerate and ftfy: {_INSTALL}") from error
     pipeline_cls = getattr(diffusers, folder.class_name, None)
     if pipeline_cls is None or not hasattr(pipeline_cls, "from_pretrained"):
         raise NotImplementedError(
