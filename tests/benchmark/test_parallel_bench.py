@@ -15,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastvideo.benchmark.parallel_cases import ParallelCase, Problem, make_parallel_cases, make_problem, one_card
+from fastvideo.benchmark.parallel_cases import ParallelCase, make_parallel_cases
 from fastvideo.benchmark.parallel_peers import make_peer_cases
+from fastvideo.benchmark.parallel_problem import Problem, local_call, make_problem, one_card
 from fastvideo.benchmark.parallel_ranks import Ranks
-from fastvideo.benchmark.parallel_run import ParallelRow, run_parallel
+from fastvideo.benchmark.parallel_row import ParallelRow
+from fastvideo.benchmark.parallel_run import run_parallel
 from fastvideo.benchmark.report import format_parallel_rows
 from fastvideo.benchmark.shapes import BenchmarkShape, shape_named
 from fastvideo.cli import main
@@ -196,6 +198,12 @@ def test_local_parts_are_the_work_of_a_rank(ranks: Ranks) -> None:
             assert part.key.shape == (1, 240, heads, 32)
             out[:, row * rows : (row + 1) * rows, column * heads : (column + 1) * heads] += part.query
         assert torch.equal(out, whole.inputs.query)
+    # Of three ranks one has none of two heads, and nothing to do.
+    idle = dataclasses.replace(whole, lengths=(80, 80, 80), rank=2).local_part(3)
+    leaves = idle.leaves(has_gate=True, needs_grad=True)
+    assert leaves[0].numel() == 0
+    grads = torch.autograd.grad(local_call(whole, "VIDEO_SPARSE_ATTN", 0)(*leaves), leaves, idle.dout)
+    assert [x.shape for x in grads] == [x.shape for x in leaves]
 
 
 def test_cases_are_the_layouts_of_the_plan(ranks: Ranks) -> None:

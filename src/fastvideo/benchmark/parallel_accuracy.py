@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvideo.benchmark.accuracy import head_results
-from fastvideo.benchmark.parallel_cases import Call, Problem
+from fastvideo.benchmark.parallel_problem import Call, Problem
 from fastvideo.benchmark.parallel_ranks import Ranks
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.shards import gather_sequence

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from fastvideo.benchmark.parallel_cases import Call, ParallelCase, Problem
+from fastvideo.benchmark.parallel_cases import ParallelCase
+from fastvideo.benchmark.parallel_problem import Call, Problem
 
 __all__ = ["make_peer_cases"]
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,77 +21,19 @@ from torch import Tensor
 from fastvideo.benchmark.inputs import Inputs
 from fastvideo.benchmark.measure import extra_peak_bytes
 from fastvideo.benchmark.parallel_accuracy import OneCardResults, outcome
-from fastvideo.benchmark.parallel_cases import Call, ParallelCase, Problem, local_call, one_card
+from fastvideo.benchmark.parallel_cases import ParallelCase
+from fastvideo.benchmark.parallel_problem import Call, Problem, local_call, one_card
 from fastvideo.benchmark.parallel_ranks import Ranks
+from fastvideo.benchmark.parallel_row import ONE_CARD, ParallelRow
 from fastvideo.benchmark.run import PASSES
 
-__all__ = ["ParallelRow", "run_parallel"]
+__all__ = ["run_parallel"]
 
 _GIB = float(1 << 30)
 # What a call may raise when it can't run here; anything else is a fault of ours and ends the run.
 _REFUSALS = (NotImplementedError, RuntimeError, ValueError, TypeError, ImportError)
 # Other libraries check by other errors too.
 _FOREIGN_REFUSALS = (*_REFUSALS, AssertionError, AttributeError, LookupError, OSError)
-
-
-@dataclass
-class ParallelRow:
-    """One case, one pass, on all ranks; or one card, where `library` is `"one card"`.
-
-    Attributes:
-        case: What ran.
-        pass_name: `"forward"` or `"backward"`.
-        library: `"fastvideo"`, a peer, or `"one card"`.
-        backend: The backend, or the peer's kernel.
-        layout: The layout, as `plan` calls it.
-        ring: Ranks that share keys.
-        ulysses: Ranks that swap heads for tokens.
-        head_groups: Groups of heads of which one travels while another is computed; `None` for a peer.
-        is_sparse: It is VSA with a gate.
-        is_float8: Tensors travel in float8.
-        ms: Time on the slowest rank; `None` where it could not run.
-        rounds_ms: The same of each round.
-        one_card_ms: Time of one card for the whole problem.
-        efficiency: `one_card_ms` over the ranks' time together.
-        local_ms: Time of the local part alone, without any exchange.
-        exposed_share: Share of `ms` beyond `local_ms`.
-        extra_peak_gib: Peak memory of a rank beyond what it held before, and for the backward beyond the gradients.
-        errors: Largest difference from one card over its largest magnitude, by output and gradient, on all tokens.
-        over_budget: The budget that an error exceeded; such a row is not ranked.
-        refused: Why it could not run.
-        model_ms: What the model on paper says; `None` where it says nothing.
-    """
-
-    case: str
-    pass_name: str
-    library: str
-    backend: str
-    layout: str
-    ring: int
-    ulysses: int
-    head_groups: int | None = None
-    is_sparse: bool = False
-    is_float8: bool = False
-    ms: float | None = None
-    rounds_ms: list[float] = field(default_factory=list)
-    one_card_ms: float | None = None
-    efficiency: float | None = None
-    local_ms: float | None = None
-    exposed_share: float | None = None
-    extra_peak_gib: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    over_budget: str | None = None
-    refused: str | None = None
-    model_ms: float | None = None
-
-    @property
-    def is_ranked(self) -> bool:
-        """It ran on several ranks, exactly and within budget."""
-        return self.ms is not None and self.over_budget is None and not self.is_float8 and self.library != "one card"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row as data."""
-        return asdict(self)
 
 
 @dataclass
@@ -190,7 +131,7 @@ class _Run:
         said = self._first_reason(reason)
         self.backends[case.backend] = found if said is None else said
         for pass_name in self.passes:
-            row = ParallelRow(f"one card {case.backend}", pass_name, "one card", case.backend, "local", 1, 1)
+            row = ParallelRow(f"one card {case.backend}", pass_name, ONE_CARD, case.backend, "local", 1, 1)
             row.is_sparse, row.refused = case.is_sparse, said
             self.rows.append(row)
 
@@ -209,7 +150,7 @@ class _Run:
         """Time everything once; in the first round check it before."""
         for row in self.rows:
             found = self.backends.get(row.backend)
-            if row.library == "one card" and isinstance(found, _Backend):
+            if row.library == ONE_CARD and isinstance(found, _Backend):
                 self.report(f"round {number}: {row.case}, {row.pass_name}")
                 row.rounds_ms.append(self._time_alone(found.alone, row.pass_name))
                 row.ms = row.one_card_ms = statistics.median(row.rounds_ms)

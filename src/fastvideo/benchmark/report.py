@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvideo.benchmark.parallel_run import ParallelRow
+from fastvideo.benchmark.parallel_row import ParallelRow
 from fastvideo.benchmark.run import PASSES, Row
 
 __all__ = ["format_parallel_rows", "format_rows", "plot_results"]

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from fastvideo.benchmark.measure import describe_run
-from fastvideo.benchmark.parallel_cases import make_parallel_cases, make_problem
+from fastvideo.benchmark.parallel_cases import make_parallel_cases
 from fastvideo.benchmark.parallel_peers import make_peer_cases
+from fastvideo.benchmark.parallel_problem import make_problem
 from fastvideo.benchmark.parallel_ranks import Ranks
-from fastvideo.benchmark.parallel_run import ParallelRow, run_parallel
+from fastvideo.benchmark.parallel_row import ParallelRow
+from fastvideo.benchmark.parallel_run import run_parallel
 from fastvideo.benchmark.report import format_parallel_rows
 from fastvideo.benchmark.shapes import shape_named
 from fastvideo.distributed import init_sequence_parallel
