@@ -22,6 +22,18 @@ fi
 mkdir -p "$folder"
 status=0
 
+show() { # FILE: the rows that a step had measured when it ended
+    "$python" - "$1" << 'PYTHON'
+import json, sys
+from fastvideo.benchmark.parallel_row import ParallelRow
+from fastvideo.benchmark.report import format_parallel_rows
+
+for result in json.load(open(sys.argv[1]))["results"]:
+    print(f"\n{result['shape']}, as far as it came")
+    print(format_parallel_rows([ParallelRow(**row) for row in result["rows"]], with_model=True))
+PYTHON
+}
+
 bench() { # NAME SECONDS ARGUMENT...
     local name=$1-x$ranks limit=$2
     shift 2
@@ -31,7 +43,8 @@ bench() { # NAME SECONDS ARGUMENT...
     local code=$?
     if [ $code -ne 0 ]; then
         echo "== $name ended with status $code"
-        grep -v 'FutureWarning\|^ *warnings.warn' "$folder/$name.log" | tail -n 15
+        grep -v 'Warning\|^ *warnings.warn' "$folder/$name.log" | tail -n 15
+        [ $code -gt 1 ] && [ -f "$folder/$name.json" ] && show "$folder/$name.json"
         status=1
     fi
 }

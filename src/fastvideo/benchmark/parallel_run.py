@@ -206,6 +206,9 @@ class _Run:
             results = outcome(entry.call, leaves, self.shards.dout if needs_grad else None)
         except refusals as error:
             reason = _said(error)
+            if self.problem.device.type == "cuda":
+                # What it has sent by then still writes to memory that is about to be used again.
+                torch.cuda.synchronize(self.problem.device)
         row.refused = self._first_reason(reason)
         if row.refused is not None and case.planned is not None and case.planned.reasons:
             row.refused = f"{'; '.join(case.planned.reasons)} ({row.refused})"
