@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import SHARED, call, call_with_gradients, convert, make
+from tiny_models import NAMES, call, call_with_gradients, convert, make
 
 from fastvideo.integrations.diffusers import (
     AttentionPolicy,
@@ -155,9 +155,37 @@ def refusals(mesh: Any) -> None:
     apply(model)  # the default process group isn't taken for a mesh
     assert torch.allclose(call(model, inputs), expected, atol=1e-5)
     model, inputs = make("cogvideox")
-    apply(model, parallel=mesh)
-    with pytest.raises(NotImplementedError, match="isn't cut into the shards"):
+    apply(model, VSA, parallel=mesh)
+    with pytest.raises(RuntimeError, match="mask"):
         call(model, {**inputs, "attention_kwargs": {"attention_mask": torch.zeros(2, 1, 127)}})
+    apply(model, parallel=mesh)
+    with pytest.raises((RuntimeError, ValueError), match=r"126|shape"):
+        call(model, {**inputs, "attention_kwargs": {"attention_mask": torch.zeros(2, 126, 126)}})
+
+
+def masks(mesh: Any) -> None:
+    """Masks over all tokens: per key, and per query and key; bool and additive; even and uneven shards; every layout."""
+    ring = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+    sharings = (mesh, ParallelPlan(ring, layout="ring"), ParallelPlan(ring, layout="gather"))
+    for name, num_video, kwargs in (("cogvideox", 120, "attention_kwargs"), ("flux", 60, "joint_attention_kwargs")):
+        model, inputs = make(name)
+        total = num_video + 7
+        allowed = torch.rand(2, total, total) < 0.7
+        allowed[..., 0] = True
+        bias = torch.randn(2, total, total).masked_fill(~allowed, float("-inf"))
+        variants = {"bias": bias, "bias per key": bias[:, :1]}
+        if name == "flux":
+            variants = {"bias": bias[:, None], "full": allowed[:, None], "keys": allowed[:, None, :1], "padding": allowed[:, 0]}
+        for what, mask in variants.items():
+            masked = {**inputs, kwargs: {"attention_mask": mask}}
+            remove(model)
+            alone = call_with_gradients(model, masked)
+            for sharing in sharings:
+                apply(model, parallel=sharing)
+                for key, tensor in average(call_with_gradients(model, masked)).items():
+                    scale = float(alone[key].abs().max())
+                    assert torch.allclose(tensor, alone[key], atol=2e-5 * scale), f"{name} {what} {sharing} {key}"
+        assert not torch.allclose(call(model, inputs), alone["output"], atol=1e-3), "the mask changed nothing"
 
 
 def run(check: Callable[..., None], *args: Any) -> str:
@@ -174,10 +202,11 @@ def main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=90))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ulysses",))
-    report = {name: run(family, name, mesh) for name in SHARED}
+    report = {name: run(family, name, mesh) for name in NAMES}
     report["recomputed and compiled"] = run(recomputed_and_compiled, mesh)
     report["uneven shards"] = run(uneven, mesh)
     report["other layouts"] = run(other_layouts, mesh)
+    report["masks"] = run(masks, mesh)
     report["refusals"] = run(refusals, mesh)
     (folder / f"{rank}.json").write_text(json.dumps(report))
     dist.barrier()

@@ -223,9 +223,6 @@ CASES = {
     )
 }
 NAMES = tuple(CASES)
-SHARED = ("wan", "wan ti2v", "hunyuan", "hunyuan i2v", "ltx", "cogvideox", "mochi", "cosmos", "cosmos transfer", "flux")
-"""One of each, and those whose tokens have timesteps of their own."""
-
 ONE_OF_EACH = ("wan", "hunyuan", "ltx", "cogvideox", "mochi", "cosmos", "flux")
 
 

@@ -131,13 +131,14 @@ class VideoAttend(Attend):
             value: `[B, S, H, D]`.
             text: Query, key and value of text, `[B, R, H, D]` each; all see all.
             text_mask: Which text tokens are real, bool `[B, R]`; the others are seen by nobody.
-            mask: A mask over video and then text tokens, broadcastable to `[B, H, S + R, S + R]`, instead of `text_mask`.
+            mask: A mask over the video tokens of all devices, N, and then text tokens, whole on every device, broadcastable
+                to `[B, H, N + R, N + R]`; instead of `text_mask`.
 
         Returns:
             The output of the video tokens and that of the text tokens, or `None` without text.
 
         Raises:
-            NotImplementedError: `mask` comes while several devices share the video.
+            ValueError: `mask` has another shape.
         """
         state = current_state()
         phase = self._phase(state)
@@ -159,26 +160,27 @@ class VideoAttend(Attend):
         if text is not None and text_mask is not None:
             own = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
             return attend(video, text, torch.cat([own, text_mask], dim=1))
-        self.check_mask(mask)
         if mask is None:
             return attend(video, text, None)
-        num_text = 0 if text is None else text[0].shape[1]
-        whole_query = torch.empty(
-            (query.shape[0], query.shape[1] + num_text, *query.shape[2:]), dtype=query.dtype, device="meta"
-        )
-        return attend(video, text, fit_mask(mask, whole_query, whole_query.shape[1]))
+        return attend(video, text, self._own_mask(mask, query, 0 if text is None else text[0].shape[1]))
 
-    def check_mask(self, mask: torch.Tensor | None) -> None:
-        """Refuse a mask over all tokens where several devices share them.
+    def num_tokens(self, own: int) -> int:
+        """Return how many video tokens all devices have together, where this one has `own`."""
+        state = current_state()
+        return own if state is None or state.shard_lengths is None else sum(state.shard_lengths)
 
-        Raises:
-            NotImplementedError: They do.
-        """
-        if mask is not None and self.group.size > 1:
-            raise NotImplementedError(
-                f"a mask over all tokens at {self.place.path} isn't cut into the shards of {self.group.size} devices; "
-                "run this model on one device, or without the mask"
-            )
+    def _own_mask(self, mask: torch.Tensor, query: torch.Tensor, num_text: int) -> torch.Tensor:
+        """Return this device's part of a mask over all tokens: its rows over all keys, or its keys of a key padding mask."""
+        batch, own, heads, size = query.shape
+        num_video = self.num_tokens(own)
+        rows = torch.empty((batch, num_video + num_text, heads, size), dtype=query.dtype, device="meta")
+        fitted = fit_mask(mask, rows, num_video + num_text)
+        if num_video == own:
+            return fitted
+        state = current_state()
+        lengths = () if state is None or state.shard_lengths is None else state.shard_lengths
+        dim, first = (1 if fitted.dim() == 2 else 2), sum(lengths[: self.group.rank])
+        return torch.cat([fitted.narrow(dim, first, own), fitted.narrow(dim, num_video, num_text)], dim=dim)
 
 
 def _attend_to_real_text(

@@ -37,13 +37,14 @@ class CogVideoXProcessor(Processor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend within video, `[B, S, C]`, and text, `[B, R, C]`; the arguments are those of diffusers' processor."""
-        self.attend.check_mask(attention_mask)
         query, key, value = _project(attn, hidden_states)
         text = _project(attn, encoder_hidden_states)
         if image_rotary_emb is not None:
             cos, sin = (table.to(query.device)[None, :, None, 0::2] for table in image_rotary_emb)
             query, key = rotate_neighbours(query, cos, sin), rotate_neighbours(key, cos, sin)
-        mask = None if attention_mask is None else _text_last(attn, attention_mask, hidden_states, text[0].shape[1])
+        num_text = encoder_hidden_states.shape[1]
+        num_tokens = self.attend.num_tokens(hidden_states.shape[1]) + num_text
+        mask = None if attention_mask is None else _text_last(attn, attention_mask, len(hidden_states), num_tokens, num_text)
         output, text_output = self.attend(query, key, value, text, mask=mask)
         return project_out(attn, output), project_out(attn, text_output)
 
@@ -58,9 +59,8 @@ def _project(attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     return query, key if attn.norm_k is None else attn.norm_k(key), value
 
 
-def _text_last(attn: Any, mask: torch.Tensor, video: torch.Tensor, num_text: int) -> torch.Tensor:
+def _text_last(attn: Any, mask: torch.Tensor, batch: int, total: int, num_text: int) -> torch.Tensor:
     """Turn a mask over text and then video into one over video and then text, `[B, H, 1 or all, all]`."""
-    batch, total = video.shape[0], video.shape[1] + num_text
     mask = attn.prepare_attention_mask(mask, total, batch).view(batch, attn.heads, -1, total)
     mask = mask.roll(-num_text, dims=3)
     return mask if mask.shape[2] == 1 else mask.roll(-num_text, dims=2)
