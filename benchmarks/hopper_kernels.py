@@ -2,12 +2,11 @@
 
 `fastvideo bench` times the operator beside others. This looks inside: milliseconds of each kernel while all of them run over
 and over (so at the clock that the power limit leaves), and what a variant changes. A variant is a list such as
-`one_pass=1,second_wait=0`; its names are `step` (bytes of a head in MiB from which programs walk in step), `looks` (of
-programs in step for each other), `scratch` (MiB), `in_place` (0: always pack), `one_pass`, `second_wait`, and the stages of
-the rings, `K`, `V`, `DQ` and `DKDV`.
+`step=0,scratch=256`; its names are `step` (bytes of a head in MiB from which programs walk in step), `looks` (of programs in
+step for each other), `scratch` (MiB), `in_place` (0: always pack), and the stages of the rings, `K`, `V`, `DQ` and `DKDV`.
 
 Example:
-    python benchmarks/hopper_kernels.py fine-49k-tile64 --variants "" one_pass=1 second_wait=0 --json result.json
+    python benchmarks/hopper_kernels.py fine-49k-tile64 --variants "" step=0 in_place=0 --json result.json
 """
 
 from __future__ import annotations
@@ -57,11 +56,8 @@ def set_variant(variant: str, shipped: dict[str, Any]) -> None:
             setattr(launch, {"step": "_IN_STEP_BYTES", "scratch": "_SCRATCH_BYTES"}[name], value << 20)
         elif name == "looks":
             launch._LOOKS = value
-        elif name == "one_pass":
-            launch.PLANS_IN_ONE_PASS = bool(value)
         else:
             table, key = {
-                "second_wait": (launch.DKDV, "HAS_SECOND_WAIT"),
                 "K": (launch.FWD, "K_STAGES"),
                 "V": (launch.FWD, "V_STAGES"),
                 "DQ": (launch.DQ, "STAGES"),
@@ -118,7 +114,7 @@ def main() -> None:
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
-    names = ("_IN_STEP_BYTES", "_LOOKS", "_SCRATCH_BYTES", "PLANS_IN_ONE_PASS", "_in_place", "FWD", "DQ", "DKDV")
+    names = ("_IN_STEP_BYTES", "_LOOKS", "_SCRATCH_BYTES", "_in_place", "FWD", "DQ", "DKDV")
     shipped = {name: getattr(launch, name) for name in names}
     shipped = {name: {k: dict(v) for k, v in x.items()} if isinstance(x, dict) else x for name, x in shipped.items()}
     rows = []

@@ -81,16 +81,16 @@ def seen_by_rows(mask: torch.Tensor, box_tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "planner"),
+    ("shape", "ordered", "chunk"),
     [
-        *((shape, planner) for shape in SHAPES for planner in ("two_passes", "one_pass")),
-        *((shape, "one_pass_in_chunks") for shape in ("edges", "even_120")),
+        *((shape, ordered, 2048) for shape in SHAPES for ordered in (True, False)),
+        *((shape, True, 4) for shape in ("edges", "even_120")),
     ],
 )
-def test_walks_meet_what_the_pattern_lists(shape: str, by_key: bool, planner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if planner == "one_pass_in_chunks":
-        monkeypatch.setattr(plan, "_ONE_CHUNK", 4)
-    in_one_pass, ordered = planner != "two_passes", planner != "one_pass"
+def test_walks_meet_what_the_pattern_lists(
+    shape: str, ordered: bool, chunk: int, by_key: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_CHUNK", chunk)
     pattern = make_pattern(shape, ordered=ordered)
     batch, heads = SHAPES[shape][2:]
     layouts = [packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles)]
@@ -98,10 +98,10 @@ def test_walks_meet_what_the_pattern_lists(shape: str, by_key: bool, planner: st
     if by_key:
         own, walked = layouts[::-1]
         marks = plan.mark(pattern, 0, batch * heads, batch * heads, by_key=True)
-        walks = plan.plan_marks(marks, own, walked, num_listed, has_pads=False, in_one_pass=in_one_pass)
+        walks = plan.plan_marks(marks, own, walked, num_listed, has_pads=False)
     else:
         own, walked = layouts
-        walks = plan.plan_lists(pattern, own, walked, 0, batch * heads, batch * heads, in_one_pass=in_one_pass)
+        walks = plan.plan_lists(pattern, own, walked, 0, batch * heads, batch * heads)
     expected = pattern.token_mask().flatten(0, 1)
     own_token, token = tokens_of(own), tokens_of(walked)
     for head in range(batch * heads):

@@ -46,7 +46,7 @@ def test_every_reason_against_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
             "is checked with triton 3.6 (torch 2.11 brings it), got 3.9.1",
             "needs tensors on a GPU (device type 'cuda'), got cpu",
             "needs float16 or bfloat16, got torch.float32",
-            "needs a head size of 128, got 80",
+            "needs a head size of 64 or 128, got 80",
             "needs query tiles up to 128 tokens, got 129",
             "needs key tiles up to 128 tokens, got 129",
         )

@@ -145,7 +145,7 @@ def overwritten_operands(loop: list[str]) -> set[int]:
 CASES = {
     "fwd": [(64, {}), (128, {}), (128, {"BOX_TOKENS": 60})],
     "bwd_dq": [(64, {}), (128, {"BOX_TOKENS": 60})],
-    "bwd_dkdv": [(64, {}), (128, {}), (128, {"GROUP": 4, "HAS_SECOND_WAIT": False})],
+    "bwd_dkdv": [(64, {}), (128, {}), (128, {"GROUP": 4})],
 }
 
 
@@ -183,25 +183,25 @@ def test_half_precision_compiles(tmp_path: Path) -> None:
     assert any("HGMMA" in op and "BF16" not in op for _, op in result.sass)
 
 
-PLANNED = {"PIECES": 1, "PIECE_ROWS": 64, "CLEAN": 64}
+PLANNED = {"PIECES": 1, "PIECE_ROWS": 64, "CLEAN": 64, "CHUNK": 2048}
 # Kernels that make rows and plans: their module, constants and warps.
 FEEDING = {
     "place_pieces_kernel": ("packing", {"PIECES": 1, "PIECE_ROWS": 64, "CHUNK": 1024}, 4),
     "row_tokens_kernel": ("packing", {"PIECES": 1, "PIECE_ROWS": 64}, 1),
     "pack_keys_kernel": ("packing", {"D": 128, "SIGN": 1}, 4),
     "pack_queries_kernel": ("packing", {"D": 128, "PACK": True}, 4),
-    "plan_direct_kernel": ("plan", {"OWN_PIECES": 1, "PIECES": 1, "BLOCK": 256}, 2),
-    "mark_kernel": ("plan", {"BLOCK": 128}, 2),
-    "plan_marks_kernel": ("plan", {**PLANNED, "CHUNK": 1024}, 4),
-    "plan_once_kernel": ("plan_once", {**PLANNED, "CHUNK": 2048, "IS_ONE_CHUNK": True}, 16),
+    "plan_direct_kernel": ("plan_kernels", {"OWN_PIECES": 1, "PIECES": 1, "BLOCK": 256}, 2),
+    "mark_kernel": ("plan_kernels", {"BLOCK": 128}, 2),
+    "plan_marks_kernel": ("plan_kernels", {**PLANNED, "IS_ONE_CHUNK": True}, 16),
+    "plan_marks_kernel in chunks": ("plan_kernels", {**PLANNED, "IS_ONE_CHUNK": False}, 16),
 }
 
 
-@pytest.mark.parametrize("name", FEEDING)
-def test_feeding_kernels_compile_without_spills(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", FEEDING)
+def test_feeding_kernels_compile_without_spills(case: str, tmp_path: Path) -> None:
     from triton.compiler import ASTSource
 
-    module, constants, num_warps = FEEDING[name]
+    (module, constants, num_warps), name = FEEDING[case], case.split()[0]
     kernel = getattr(importlib.import_module(f"fastvideo.block_sparse.impl.hopper.{module}"), name)
     signature = {}
     for argument in kernel.arg_names:

@@ -20,9 +20,9 @@ from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16)
-# What ran on a GPU against float64. Head size 64 compiles and waits for that: ptxas 12.8 gave its first dquery kernel wrong
-# registers, without a word, so a kernel that compiles is not yet one that is right. The same holds for other versions.
-_HEAD_SIZES = (128,)
+# What ran on a GPU against float64: ptxas 12.8 gave a kernel wrong registers without a word, so one that compiles is not yet
+# one that is right.
+_HEAD_SIZES = (64, 128)
 _TRITON_VERSIONS = ("3.6",)
 _MAX_TILE_SIZE = 128
 _INSTALL = 'pip install "fastvideo-attention[triton]"'

@@ -320,17 +320,7 @@ def _columns_of(stats, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _dkdv_consumer(
-    owned,
-    ring,
-    work,
-    tensors,
-    WG: gl.constexpr,
-    STAGES: gl.constexpr,
-    D: gl.constexpr,
-    GROUP: gl.constexpr,
-    HAS_SECOND_WAIT: gl.constexpr,
-):
+def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr):
     k_s, v_s, owned_full, owned_empty = owned
     q_s, do_s, stats_s, full, empty = ring
     order, masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS = work
@@ -376,14 +366,10 @@ def _dkdv_consumer(
                 b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
                 b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, 64)
                 b_po = gl.convert_layout(b_p.to(dtype), operand)
-                # Both numbers of a pair together do not fit into registers, and the compiler would read them once, did it know
-                # that the place is the same: a wait that is over already begins another basic block, a move hides the place.
-                i_again = i_stage
-                if HAS_SECOND_WAIT:
-                    mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
-                else:
-                    i_again = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_stage], gl.int32, False, 1)
-                _unused, b_delta = _columns_of(stats_s.index(i_again), columns)
+                # Both numbers of a pair together do not fit into registers, and within one basic block the compiler would read
+                # them once: a wait that is over already begins another.
+                mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
+                _unused, b_delta = _columns_of(stats_s.index(i_stage), columns)
                 b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
                 b_dvt = warpgroup_mma(b_po, do_s.index(i_stage), b_dv, is_async=True)
                 b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype), operand)
@@ -450,7 +436,6 @@ def block_sparse_bwd_dkdv_kernel(
     D: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    HAS_SECOND_WAIT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -487,8 +472,8 @@ def block_sparse_bwd_dkdv_kernel(
     places = (s_row_b, s_row_h, s_column_h, s_krow_b, s_krow_h, s_kcolumn_h)
     gl.warp_specialize(
         [
-            (_dkdv_consumer, (held, ring, work, tensors, 0, STAGES, D, GROUP, HAS_SECOND_WAIT)),
-            (_dkdv_consumer, (held, ring, work, tensors, 1, STAGES, D, GROUP, HAS_SECOND_WAIT)),
+            (_dkdv_consumer, (held, ring, work, tensors, 0, STAGES, D, GROUP)),
+            (_dkdv_consumer, (held, ring, work, tensors, 1, STAGES, D, GROUP)),
             (_dkdv_producer, (source, sent, ring, walks, places, 0, STAGES, D, GROUP)),
             (_dkdv_producer, (source, sent, ring, walks, places, 1, STAGES, D, GROUP)),
         ],

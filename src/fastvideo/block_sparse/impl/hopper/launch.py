@@ -24,10 +24,9 @@ _LOG2E = math.log2(math.e)
 _SCRATCH_BYTES = 1 << 30
 # Keys and values of a head that need more than this fall out of the L2 cache unless all programs walk in step.
 _IN_STEP_BYTES = 32 << 20
-# How often a program in step looks for the others before it goes on; a look takes a good half microsecond.
-_LOOKS = 4000
-# The planner that is to be the faster one has not run on a GPU yet.
-PLANS_IN_ONE_PASS = False
+# How often a program in step looks for the others before it goes on; a look takes a good half microsecond, and each wave pays
+# for all of them where another kernel holds multiprocessors.
+_LOOKS = 300
 
 Constants = dict[str, int]
 # Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
@@ -37,10 +36,7 @@ FWD: dict[int, Constants] = {
     128: {"K_STAGES": 1, "V_STAGES": 2, **_REGISTERS},
 }
 DQ: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 3, **_REGISTERS}}
-DKDV: dict[int, Constants] = {
-    64: {"STAGES": 4, "HAS_SECOND_WAIT": True, **_REGISTERS},
-    128: {"STAGES": 2, "HAS_SECOND_WAIT": True, **_REGISTERS},
-}
+DKDV: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 2, **_REGISTERS}}
 
 
 @dataclass(frozen=True)
@@ -189,7 +185,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
         for first, heads in _head_groups(batch * kv_heads, head_bytes):
             keys = in_place or _pack_keys(key, value, walked, first, heads, scale)
             first_head, heads = first * group, heads * group
-            plan = plan_lists(pattern, own, walked, first_head, heads, batch * num_heads, in_one_pass=PLANS_IN_ONE_PASS)
+            plan = plan_lists(pattern, own, walked, first_head, heads, batch * num_heads)
             rows = heads * own.max_blocks
             programs = min(_num_programs(query.device), -(-rows // 2))
             key_boxes, value_boxes = keys.maps(64, head_size)
@@ -316,7 +312,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     """Write the gradient of some query heads."""
     own, head_size = call.queries, call.head_size
     total = call.query.shape[0] * call.query.shape[2]
-    plan = plan_lists(call.pattern, own, call.keys, first_head, heads, total, in_one_pass=PLANS_IN_ONE_PASS)
+    plan = plan_lists(call.pattern, own, call.keys, first_head, heads, total)
     rows = heads * own.max_blocks
     programs = min(_num_programs(dq.device), -(-rows // 2))
     key_boxes, value_boxes = keys.maps(64, head_size)
@@ -370,7 +366,7 @@ def _launch_dkdv(
     total = call.query.shape[0] * call.query.shape[2]
     marks = mark(pattern, first * group, heads * group, total, by_key=True)
     num_listed = pattern.indices.shape[2:].numel()
-    plan = plan_marks(marks, own, call.queries, num_listed, has_pads=False, in_one_pass=PLANS_IN_ONE_PASS)
+    plan = plan_marks(marks, own, call.queries, num_listed, has_pads=False)
     del marks
     lengths, order = _work_order(plan, own, heads, group)
     flat = stats.view(-1)

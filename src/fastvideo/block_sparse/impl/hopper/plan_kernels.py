@@ -1,8 +1,7 @@
-"""The planner of `plan.py` anew, for fewer instructions: marks are read once, places come from one scan.
+"""The kernels that make plans (`plan.py`): copy lists that lie as they are walked, mark pairs of tiles, plan from marks.
 
-Up to CHUNK pieces stay in registers between counting and writing; longer sides are read twice, a chunk at a time. Its plans
-are those of `plan_marks_kernel`, entry by entry. It has run in Triton's interpreter only, so launches take the other one
-until it has run on a GPU (`launch.PLANS_IN_ONE_PASS`); after that only the faster of the two stays.
+`plan_marks_kernel` reads marks once and takes places from one scan: up to CHUNK pieces stay in registers between counting
+and writing; longer sides are read twice, a chunk at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,9 +12,87 @@ import triton.language as tl
 
 from fastvideo.block_sparse.impl.hopper.packing import piece_size
 
-# Three counts share an int64: of boxes without a mask, of other boxes, of granules.
+# Three counts share an int64: of boxes without a mask, of other boxes, of granules. A box holds more than 48 tokens, so that
+# 20 bits are enough for 50 million.
 _FIELD = tl.constexpr(20)
 _FIELD_MASK = tl.constexpr((1 << 20) - 1)
+
+
+@triton.jit
+def _list_place(i_head, i_tile, s_b, s_h, first_head, HEADS, WIDTH):
+    i_b, i_h = ((first_head + i_head) // HEADS).to(tl.int64), ((first_head + i_head) % HEADS).to(tl.int64)
+    return i_b * s_b + i_h * s_h + i_tile.to(tl.int64) * WIDTH
+
+
+@triton.jit(do_not_specialize=["s_b", "s_h", "first_head", "HEADS", "WIDTH", "max_blocks", "s_rows"])
+def plan_direct_kernel(
+    indices,
+    counts,
+    rows,
+    meta,
+    s_b,
+    s_h,
+    first_head,
+    HEADS,
+    WIDTH,
+    max_blocks,
+    s_rows,
+    OWN_PIECES: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy one list of tiles as packed rows, where piece `i` lies at row `64 i` on both sides."""
+    i_block, i_head = tl.program_id(0) % max_blocks, tl.program_id(0) // max_blocks
+    o_list = _list_place(i_head, i_block // OWN_PIECES, s_b, s_h, first_head, HEADS, WIDTH)
+    num_boxes = WIDTH
+    if counts is not None:
+        num_boxes = tl.load(counts + o_list // WIDTH)
+    num_boxes = num_boxes * PIECES
+    capacity = (WIDTH * PIECES + 1) // 2 * 2
+    p_rows = rows + i_head.to(tl.int64) * s_rows + i_block * capacity
+    for i_first in range(0, num_boxes + num_boxes % 2, BLOCK):
+        o_box = i_first + tl.arange(0, BLOCK)
+        m_box = o_box < num_boxes + num_boxes % 2
+        o_from = tl.minimum(o_box, num_boxes - 1)
+        i_tile = tl.load(indices + o_list + o_from // PIECES, mask=m_box, other=0)
+        tl.store(p_rows + o_box, (i_tile * PIECES + o_from % PIECES) * 64, mask=m_box)
+    p_meta = meta + tl.program_id(0).to(tl.int64) * 6
+    tl.store(p_meta, i_block * capacity)
+    tl.store(p_meta + 1, 0)
+    tl.store(p_meta + 2, num_boxes // 2)
+    tl.store(p_meta + 3, (num_boxes + 1) // 2)
+    tl.store(p_meta + 4, (num_boxes + 1) // 2)
+    tl.store(p_meta + 5, num_boxes)
+
+
+@triton.jit(do_not_specialize=["s_b", "s_h", "first_head", "HEADS", "WIDTH", "NUM_QUERIES", "NUM_KEYS", "s_q", "s_k"])
+def mark_kernel(
+    indices,
+    counts,
+    marks,
+    s_b,
+    s_h,
+    first_head,
+    HEADS,
+    WIDTH,
+    NUM_QUERIES,
+    NUM_KEYS,
+    s_q,
+    s_k,
+    BLOCK: tl.constexpr,
+):
+    """Set the bytes of one list to 1."""
+    i_q, i_head = tl.program_id(0) % NUM_QUERIES, tl.program_id(0) // NUM_QUERIES
+    o_list = _list_place(i_head, i_q, s_b, s_h, first_head, HEADS, WIDTH)
+    num_listed = WIDTH
+    if counts is not None:
+        num_listed = tl.load(counts + o_list // WIDTH)
+    p_marks = marks + i_head.to(tl.int64) * NUM_QUERIES * NUM_KEYS + i_q.to(tl.int64) * s_q
+    for i_first in range(0, num_listed, BLOCK):
+        o_entry = i_first + tl.arange(0, BLOCK)
+        m_entry = o_entry < num_listed
+        i_k = tl.load(indices + o_list + o_entry, mask=m_entry, other=0).to(tl.int64)
+        tl.store(p_marks + i_k * s_k, tl.full([BLOCK], 1, tl.uint8), mask=m_entry)
 
 
 @triton.jit
@@ -104,7 +181,7 @@ def _write(
 
 
 @triton.jit(do_not_specialize=["max_blocks", "NUM_OWN", "NUM_WALKED", "num_pieces", "s_rows", "s_masks"])
-def plan_once_kernel(
+def plan_marks_kernel(
     marks,
     block_tiles,
     own_counts,
