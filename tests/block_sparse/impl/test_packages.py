@@ -310,6 +310,7 @@ def test_reasons_against_a_call(monkeypatch) -> None:
         monkeypatch.setattr(module, "needs_cuda", slots.needs_cuda)
     assert cudnn.rejections(x, x, x, pattern) == (
         'nvidia-cudnn-frontend is not installed: pip install "fastvideo-attention[cudnn]"',
+        'nvidia-cutlass-dsl is not installed: pip install "fastvideo-attention[cudnn]"',
         "needs an NVIDIA GPU, got a tensor on cpu",
         "needs bfloat16, for which it has a backward, got torch.float64",
         "needs a head size of 128, for which it has a backward, got 20",
@@ -333,6 +334,21 @@ def test_reasons_against_a_call(monkeypatch) -> None:
     small = TileLayout.uniform(256 + 5, 128)
     ragged = BlockPattern.from_mask(torch.ones(3, 3, dtype=torch.bool), small, small)
     assert "needs key tiles of exactly 128 tokens, got smaller ones" in flash.rejections(x, x, x, ragged)
+
+
+@pytest.mark.parametrize(("name", "package"), [("cudnn", "nvidia-cudnn-frontend"), ("flash", "flash-attn-4")])
+def test_a_package_without_its_compiler_is_refused(name: str, package: str, monkeypatch) -> None:
+    pattern = make_pattern(name, "whole")
+    inputs = make_inputs(pattern, "whole", torch.bfloat16, 128)
+    module = {"cudnn": cudnn, "flash": flash}[name]
+    assert module.rejections(*inputs.values(), pattern) == ()
+    versions = [found for found in slots.installed_packages() if found[0] != "nvidia-cutlass-dsl"]
+    assert package in dict(versions)
+    monkeypatch.setattr(slots, "installed_packages", lambda: tuple(versions))
+    reason = f'nvidia-cutlass-dsl is not installed: pip install "fastvideo-attention[{name}]"'
+    assert module.rejections(*inputs.values(), pattern) == (reason,)
+    with pytest.raises(NotImplementedError, match="nvidia-cutlass-dsl is not installed"):
+        block_sparse_attention(**inputs, pattern=pattern, impl=name)
 
 
 def test_none_is_chosen_automatically() -> None:

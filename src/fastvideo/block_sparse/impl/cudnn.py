@@ -1,9 +1,10 @@
 """Block-sparse attention by cuDNN frontend's CuTe kernels for tiles of at most 64 tokens, on Hopper and datacentre Blackwell.
 
-Package `nvidia-cudnn-frontend` from 1.32; its kernels are compiled at the first call of a shape. Tokens are packed into slots
-of 64, a copy each of query, key, value and output unless they lie so already, and heads that are shared are repeated. The
-package has a forward and an explicit backward without a gradient of the log-sum-exp; that one is a second backward with
-values that make `dout @ value^T` the log-sum-exp's gradient. The order of the sums of dquery is not fixed.
+Package `nvidia-cudnn-frontend` from 1.32, and `nvidia-cutlass-dsl`, by which its kernels are compiled at the first call of a
+shape. Tokens are packed into slots of 64, a copy each of query, key, value and output unless they lie so already, and heads
+that are shared are repeated. The package has a forward and an explicit backward without a gradient of the log-sum-exp; that
+one is a second backward with values that make `dout @ value^T` the log-sum-exp's gradient. The order of the sums of dquery
+is not fixed.
 
 Shape legend: B batch, S tokens, H heads, D head size.
 """
@@ -30,14 +31,16 @@ from fastvideo.block_sparse.impl.slots import (
 from fastvideo.block_sparse.pattern import BlockPattern
 
 PACKAGE = "nvidia-cudnn-frontend"
-_MINIMUM = (1, 32)
+# The second compiles the first one's kernels.
+_PACKAGES = ((PACKAGE, (1, 32)), ("nvidia-cutlass-dsl", (4, 8)))
 _SLOT = 64
 _HEAD_SIZE = 128
 
 
 def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> tuple[str, ...]:  # noqa: ARG001
     """Every reason why the package can't run both passes; see `Implementation.rejections`."""
-    reasons = [*package_rejections(PACKAGE, _MINIMUM, "cudnn"), *needs_cuda(query, (9, 10, 11))]
+    reasons = [reason for package, least in _PACKAGES for reason in package_rejections(package, least, "cudnn")]
+    reasons += needs_cuda(query, (9, 10, 11))
     if query.dtype != torch.bfloat16:
         reasons.append(f"needs bfloat16, for which it has a backward, got {query.dtype}")
     if query.shape[3] != _HEAD_SIZE:
