@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fastvideo.attention import DistributedAttention
 from fastvideo.distributed import agreement
-from fastvideo.distributed.agreement import RanksDisagree, agree
+from fastvideo.distributed.agreement import RanksDisagree, agree, agree_on_backward
 from fastvideo.distributed.mesh import SequenceGroup
 
 RANK, SIZE, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -43,10 +44,23 @@ def silent(length: int, timeout: float = TIMEOUT) -> None:
     """A call in mode "new" whose transport is a wait in Python until every rank has entered it."""
     group = SequenceGroup.from_mesh(dist.group.WORLD)
     agree(torch.zeros(1), group, mode="new", timeout=timeout, query=(1, length))
+    enter()
+
+
+def enter() -> None:
+    """Stand for a transport: wait in Python until every rank has entered it."""
     store, number = dist.distributed_c10d._get_default_store(), ledger().count
     store.set(f"entered/{number}/{RANK}", "")
     while not store.check([f"entered/{number}/{rank}" for rank in range(SIZE)]):
         time.sleep(0.005)
+
+
+def attend(x: torch.Tensor, name: str = "") -> torch.Tensor:
+    return DistributedAttention(2, 8, prefix=name)(x, x, x)[0]
+
+
+def leaf() -> torch.Tensor:
+    return torch.full((1, 3, 2, 8), RANK + 1.0, requires_grad=True)
 
 
 def ledger():
@@ -209,6 +223,85 @@ def gradient() -> str:
     return str(x.grad.item())
 
 
+def no_backward() -> str:
+    """Rank 1 leaves a backward pass out and goes on with the next step."""
+    for step in range(4):
+        loss = attend(leaf(), "blocks.0").sum()
+        if step != 2 or RANK == 0:
+            loss.backward()
+    return "no error"
+
+
+def no_gradient() -> str:
+    with torch.set_grad_enabled(RANK == 0):
+        attend(leaf(), "blocks.0").sum()
+    return "no error"
+
+
+def other_gradients() -> str:
+    x, frozen = leaf(), leaf().detach()
+    DistributedAttention(2, 8)(x, x, x if RANK == 0 else frozen)
+    return "no error"
+
+
+def other_order_of_backward() -> str:
+    """The second of two calls comes first on rank 0; nothing but that tells them apart."""
+    losses = [attend(leaf()).sum(), attend(leaf()).sum()]
+    for loss in losses if RANK else reversed(losses):
+        loss.backward()
+    return "no error"
+
+
+def other_order_of_layers() -> str:
+    losses = [attend(leaf(), name).sum() for name in ("blocks.0", "blocks.1")]
+    for loss in losses if RANK else reversed(losses):
+        loss.backward()
+    return "no error"
+
+
+def compiled_no_backward() -> str:
+    layer = DistributedAttention(2, 8)
+    run = torch.compile(lambda x: layer(x, x, x)[0].sum(), fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        loss = run(leaf())
+        if step != 2 or RANK == 0:
+            loss.backward()
+    return "no error"
+
+
+def training_step(*, skips: bool = False, enters: bool = True) -> None:
+    """Three equal blocks without names, forward and backward, in mode "new"."""
+    group, words = SequenceGroup.from_mesh(dist.group.WORLD), {"pass": "forward", "query": (1, 4)}
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(3):
+        x = agree(x, group, mode="new", timeout=TIMEOUT, **words) * 2
+        if enters:
+            enter()
+            x.register_hook(lambda _: enter())
+        x = agree_on_backward((x,), group, mode="new", timeout=TIMEOUT, **words)[0]
+    if not skips:
+        x.sum().backward()
+
+
+def known_training_steps_are_silent() -> str:
+    for _ in range(3):
+        training_step()
+    store, ledger().store = ledger().store, NoStore()
+    start = time.perf_counter()
+    for _ in range(100):
+        training_step(enters=False)
+    ledger().store = store
+    return f"{(time.perf_counter() - start) * 1e6 / 600:.1f} µs"
+
+
+def new_no_backward() -> str:
+    for _ in range(3):
+        training_step()
+    training_step(skips=RANK == 1)
+    training_step()
+    return "no error"
+
+
 def on_nccl(length: int, timeout: float = TIMEOUT) -> float:
     """A call in mode "auto" whose transport is NCCL, with the device waited for."""
     group = SequenceGroup.from_mesh(dist.group.WORLD)
@@ -314,6 +407,14 @@ TOGETHER = (
     compiled_blocks,
     gradient,
     opcheck,
+    no_backward,
+    no_gradient,
+    other_gradients,
+    other_order_of_backward,
+    other_order_of_layers,
+    compiled_no_backward,
+    known_training_steps_are_silent,
+    new_no_backward,
 )
 
 
@@ -335,9 +436,22 @@ def run(case: Callable[[], str], store: dist.Store) -> dict[str, object]:
     return {"told": told, "seconds": time.monotonic() - start}
 
 
+def meet(port: int, host: str) -> dist.Store:
+    """Return the store of the test's process, or of the rank `host`, which says in a file where it listens."""
+    place = FOLDER / "port"
+    if host == str(RANK):
+        store = dist.TCPStore("127.0.0.1", 0, SIZE, is_master=True, wait_for_workers=False)
+        (FOLDER / "port.new").write_text(str(store.port))
+        (FOLDER / "port.new").rename(place)
+        return store
+    while port == 0 and not place.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", port or int(place.read_text()), SIZE, timeout=timedelta(seconds=60))
+
+
 def main(names: str, port: int, host: str) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, SIZE, is_master=host == str(RANK), timeout=timedelta(seconds=60))
+    store = meet(port, host)
     cases = TOGETHER if names == "together" else (globals()[names],)
     for case in cases:
         report = run(case, store)

@@ -52,6 +52,7 @@ class Named:
     dtype: torch.dtype = torch.float64
     twin: str = ""
     groups: int | None = None
+    alone: bool = False
 
 
 NAMED = {
@@ -62,6 +63,9 @@ NAMED = {
     "rotary embedding in a causal ring": Named(rope=True, causal=True, layout="ring", uneven=True),
     "bfloat16 in a ring": Named(layout="ring", dtype=torch.bfloat16, padding=True),
     "bfloat16 by heads": Named(layout="ulysses", dtype=torch.bfloat16, replicated=3),
+    "a loss on replicated tokens on one rank, by heads": Named(layout="ulysses", replicated=3, alone=True),
+    "a loss on replicated tokens on one rank, causal ring": Named(layout="ring", replicated=3, causal=True, alone=True),
+    "a loss on replicated tokens on one rank, VSA": Named(vsa=True, replicated=3, gate=True, alone=True),
     "mesh in a scope": Named(on="scope"),
     "mesh of the layer": Named(on="layer", replicated=7),
     "mesh of the layer, copied": Named(on="layer", twin="deepcopy"),
@@ -137,8 +141,11 @@ def run(case: Named, layer, lengths: tuple[int, ...], rank: int, device: str) ->
     out, text = call(**leaves, **keywords)
     loss = (out * mine(draw(2, TOKENS, case.heads[0], 16, seed=8, device=device), 1)).sum()
     if text is not None:
-        share = 2 * (rank + 1) / (len(lengths) * (len(lengths) + 1))
-        loss = loss + share * (text * draw(*text.shape, seed=9, device=device)).sum()
+        of_text = (text * draw(*text.shape, seed=9, device=device)).sum()
+        if not case.alone:
+            loss = loss + 2 * (rank + 1) / (len(lengths) * (len(lengths) + 1)) * of_text
+        elif rank == 0:
+            loss = loss + of_text
     loss.backward()
     found = {"out": out.detach()} | ({} if text is None else {"replicated_out": text.detach()})
     return found | {name: leaf.grad for name, leaf in leaves.items()}

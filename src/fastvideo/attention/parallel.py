@@ -19,6 +19,7 @@ from fastvideo.attention.functional import describe_call, forward_extras, run_im
 from fastvideo.attention.parts import BackendParts
 from fastvideo.attention.positions import in_one_sequence, join_at, place_of, split_at
 from fastvideo.attention.shared_call import SharedCall, as_planned, heads_at_backend, lengths_at_backend, num_head_groups
+from fastvideo.distributed.agreement import agree_on_backward
 from fastvideo.distributed.collectives import Launched, exchange, finish_exchange, gather_route, launch_exchange
 from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
@@ -121,7 +122,17 @@ def run_shared(call: SharedCall, group: SequenceGroup, layout: Layout, chosen: C
     Returns:
         The output of this device's tokens, `[B, S_q, H, D]`, and that of the replicated ones, `[B, R, H, D]`, or `None`.
     """
-    call = _with_shared_gradients(call, group)
+    output, rest = _attend_shared(_with_shared_gradients(call, group), group, layout, chosen)
+    exchanges = call.reduces or sum(call.kv_lengths) > 0
+    if call.agreed_on is None or not (call.needs_grad and exchanges):
+        return output, rest
+    if rest is None:
+        return agree_on_backward((output,), group, **call.agreed_on)[0], None
+    output, rest = agree_on_backward((output, rest), group, **call.agreed_on)
+    return output, rest
+
+
+def _attend_shared(call: SharedCall, group: SequenceGroup, layout: Layout, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
     if call.mask is not None and call.mask.dim() == 2:
         own, more = torch.split(call.mask, [call.mask.shape[1] - call.num_more, call.num_more], dim=1)
         whole = gather_over_mesh(own.to(torch.uint8), 1, call.kv_lengths, group).bool()

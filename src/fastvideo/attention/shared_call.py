@@ -55,6 +55,7 @@ class SharedCall:
         sends_float8: Tensors travel in float8; inference only.
         in_front: Replicated tokens stand before the sequence, which matters to causal attention.
         metadata: The step's metadata.
+        agreed_on: What the ranks have agreed on about this call, once they have.
     """
 
     query: Tensor
@@ -72,6 +73,7 @@ class SharedCall:
     sends_float8: bool = False
     in_front: bool = False
     metadata: AttentionMetadata | None = None
+    agreed_on: dict[str, Any] | None = None
 
     def packed(self, x: Tensor) -> Tensor:
         """Return a tensor as it travels."""
@@ -84,8 +86,15 @@ class SharedCall:
     @property
     def needs_grad(self) -> bool:
         """Whether a backward pass may follow."""
+        return self.gradients != ""
+
+    @property
+    def gradients(self) -> str:
+        """Names of the inputs whose gradients are recorded, which decides what a backward pass exchanges."""
+        names = ("query", "key", "value", "gate", "mask", "replicated_query", "replicated_key", "replicated_value")
         tensors = (self.query, self.key, self.value, self.gate, self.mask, *(self.replicated or ()))
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        recorded = [name for name, x in zip(names, tensors, strict=False) if x is not None and x.requires_grad]
+        return "+".join(recorded) if torch.is_grad_enabled() else ""
 
     @property
     def num_rows(self) -> int:
@@ -205,25 +214,27 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
     """
     batch, _, num_heads, head_size = call.query.shape
     mask = None if call.mask is None or kind is None else (kind, *([call.mask.shape[1]] if call.mask.dim() == 4 else []))
-    query = agree(
-        call.query,
-        group,
-        layer=prefix,
-        backend=backend,
-        layout=layout.name,
-        query=(batch, num_heads, head_size),
-        key_heads=call.key.shape[2],
-        lengths=call.lengths,
-        kv_lengths=call.kv_lengths,
-        replicated=(call.num_rows, call.num_more, call.reduces, call.in_front),
-        dtype=call.query.dtype,
-        mask=mask,
-        gate=call.gate is not None,
-        causal=call.is_causal,
-        head_groups=call.head_groups,
-        float8=call.sends_float8,
-    )
-    return replace(call, query=query)
+    gradients = call.gradients
+    fields: dict[str, Any] = {
+        "pass": "forward" if gradients else "inference",
+        "layer": prefix,
+        "backend": backend,
+        "layout": layout.name,
+        "query": (batch, num_heads, head_size),
+        "key_heads": call.key.shape[2],
+        "lengths": call.lengths,
+        "kv_lengths": call.kv_lengths,
+        "replicated": (call.num_rows, call.num_more, call.reduces, call.in_front),
+        "dtype": call.query.dtype,
+        "mask": mask,
+        "gate": call.gate is not None,
+        "gradients": gradients,
+        "causal": call.is_causal,
+        "head_groups": call.head_groups,
+        "float8": call.sends_float8,
+    }
+    query = agree(call.query, group, **fields)
+    return replace(call, query=query, agreed_on=fields)
 
 
 def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None) -> int:

@@ -161,6 +161,11 @@ def attend_in_parts(
         `[B, S_q, H, D]`.
     """
     more_keys, more_values = (None, None) if replicated is None else replicated
+    if torch.compiler.is_compiling():
+        # Dynamo takes no tensor twice.
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is query or value is key else value
+        more_values = more_values.view_as(more_values) if more_values is not None and more_values is more_keys else more_values
     return _Parts.apply(query, key, value, mask, more_keys, more_values, kernels, steps, group.name)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -1,6 +1,8 @@
 """One group's calls, counted and agreed upon through its process group's store.
 
-Every rank counts the calls that it makes. `_successors` holds, for each call, the one that all ranks were seen to make next.
+Every rank counts the calls that it makes, backward passes among them. `_successors` holds, for each call, the one that all
+ranks were seen to make next. Where in a training step a call stands is part of it: of equal blocks, the last one's forward pass
+is followed by a backward pass, and the others' by that of the next block.
 A rank whose next call is the only known successor needs no word of its peers; a rank that does anything else (a call that
 is new, or one of several known successors) first publishes its call under its number and reads its peers'. The tables
 change only when all ranks agree, so they are alike everywhere, and no two ranks can enter the transport with different calls:
@@ -36,6 +38,10 @@ class RanksDisagree(RuntimeError):
 
 _NUM_KNOWN = 1 << 16
 """Calls whose successor is remembered. All ranks forget at the same call."""
+
+_NUM_PLACES = 4096
+"""Forward or backward passes in a row that are told apart. Where gradients are recorded that nobody ever asks for, each call is
+new until there have been so many."""
 
 _BRANCH: Fields = (("", "several known successors"),)
 _LOOK_EVERY = 0.05
@@ -73,8 +79,9 @@ class Ledger:
         self.raised = False
         self.thread = threading.get_ident()
         self.lock = threading.Lock()
-        self._previous: Fields | None = None
-        self._successors: dict[Fields | None, Fields] = {}
+        self._previous: tuple[Fields, int] = ((), 0)
+        self._direction = ""
+        self._successors: dict[tuple[Fields, int], Fields] = {}
         self._log: list[tuple[int, Fields] | None] = [None] * _NUM_REMEMBERED
         self._world = weakref.ref(_get_default_group())
         self._published: set[int] = set()
@@ -116,7 +123,15 @@ class Ledger:
                 self._learn(fields)
         self._log[number % _NUM_REMEMBERED] = (number, fields)
         self.count = number
-        self._previous = fields
+        self._previous = (fields, self._place_of(fields))
+
+    def _place_of(self, fields: Fields) -> int:
+        """Return which of the forward or backward passes in a row a call is; 0 where no gradient is recorded."""
+        direction, before = fields[0][1] if fields and fields[0][0] == "pass" else "", self._direction
+        self._direction = direction
+        if direction not in ("forward", "backward"):
+            return 0
+        return min(_NUM_PLACES, self._previous[1] + 1) if direction == before else 1
 
     def _learn(self, fields: Fields) -> None:
         if len(self._successors) >= _NUM_KNOWN:

@@ -11,6 +11,10 @@ __all__ = ["Fields", "decode", "describe_difference", "encode"]
 Fields = tuple[tuple[str, str], ...]
 """Names and values of a call, both as text, in the order in which the message shows them."""
 
+OPTIONAL = ("layer", "calls_back")
+"""Names that are compared only where every rank gives them, as compiled code doesn't: the layer's, and how many calls ago the
+call was made whose backward pass this is."""
+
 _NUM_NAMED = 4
 """How many ranks that deviate a message names; of 1,024 one wants to read the first few."""
 
@@ -35,8 +39,8 @@ def decode(record: bytes | str) -> tuple[int, Fields]:
 def describe_difference(number: int, calls: Mapping[int, Fields]) -> str | None:
     """Say which ranks deviate and in what, or return `None` where all ask for the same.
 
-    What most ranks ask for is taken as meant; of equal halves, that of the lowest rank. Where a rank names no `layer`, as
-    compiled code doesn't, names aren't compared.
+    What most ranks ask for is taken as meant; of equal halves, that of the lowest rank. What is `OPTIONAL` isn't compared
+    where a rank lacks it.
 
     Args:
         number: The call.
@@ -46,8 +50,8 @@ def describe_difference(number: int, calls: Mapping[int, Fields]) -> str | None:
         >>> print(describe_difference(7, {0: (("query", "(1, 8, 4, 16)"),), 1: (("query", "(1, 9, 4, 16)"),)}))
         ranks disagree on call 7 of their shared attention: rank 1 has query=(1, 9, 4, 16) where rank 0 has query=(1, 8, 4, 16)
     """
-    named = all(dict(fields).get("layer") for fields in calls.values())
-    compared = {rank: _without_layer(fields) if not named else fields for rank, fields in sorted(calls.items())}
+    lacking = {name for name in OPTIONAL for fields in calls.values() if not dict(fields).get(name)}
+    compared = {rank: _comparable(number, fields, lacking) for rank, fields in sorted(calls.items())}
     counts = Counter(compared.values())
     if len(counts) == 1:
         return None
@@ -66,8 +70,13 @@ def describe_difference(number: int, calls: Mapping[int, Fields]) -> str | None:
     )
 
 
-def _without_layer(fields: Fields) -> Fields:
-    return tuple(field for field in fields if field[0] != "layer")
+def _comparable(number: int, fields: Fields, lacking: set[str]) -> Fields:
+    """Return the fields without those that a rank lacks, and with the call's number in place of its distance."""
+    return tuple(
+        ("of_call", str(number - int(value))) if name == "calls_back" else (name, value)
+        for name, value in fields
+        if name not in lacking
+    )
 
 
 def _names(meant: Fields, own: Fields) -> set[str]:
