@@ -142,13 +142,13 @@ def tiny_problem() -> Problem:
 
 def test_wrong_rows_are_marked_and_refusals_are_rows(ranks: Ranks) -> None:
     problem, saved = tiny_problem(), []
-    right = ParallelCase("right", "fastvideo", "TORCH_SDPA", "local", 1, 1, lambda: one_card(problem, "TORCH_SDPA"))
-    wrong = dataclasses.replace(right, name="wrong", build=lambda: lambda *x: 1.01 * one_card(problem, "TORCH_SDPA")(*x))
+    right = ParallelCase("right", "fastvideo", "TORCH_SDPA", "local", 1, 1, lambda _: one_card(problem, "TORCH_SDPA"))
+    wrong = dataclasses.replace(right, name="wrong", build=lambda _: lambda *x: 1.01 * one_card(problem, "TORCH_SDPA")(*x))
 
     def refuse(*_: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("too hot")
 
-    absent = dataclasses.replace(right, name="absent", build=lambda: refuse)
+    absent = dataclasses.replace(right, name="absent", build=lambda _: refuse)
     rows = run_parallel(
         problem, [right, wrong, absent], ranks, rounds=2, round_ms=1.0, save=lambda rows: saved.append(len(rows))
     )
@@ -171,7 +171,7 @@ def test_wrong_rows_are_marked_and_refusals_are_rows(ranks: Ranks) -> None:
 
 def test_peers_that_are_missing_or_do_not_fit_are_rows(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = tiny_problem()
-    ours = ParallelCase("ours", "fastvideo", "TORCH_SDPA", "local", 1, 1, lambda: one_card(problem, "TORCH_SDPA"))
+    ours = ParallelCase("ours", "fastvideo", "TORCH_SDPA", "local", 1, 1, lambda _: one_card(problem, "TORCH_SDPA"))
     monkeypatch.setitem(sys.modules, "yunchang", None)
     monkeypatch.setitem(sys.modules, "diffusers.models", None)
     rows = run_parallel(problem, [ours, *make_peer_cases(problem, ["ring"])], ranks, passes=["forward"], rounds=1, round_ms=1.0)
@@ -181,7 +181,7 @@ def test_peers_that_are_missing_or_do_not_fit_are_rows(ranks: Ranks, monkeypatch
     uneven = dataclasses.replace(problem, lengths=(100, 140))
     for case in make_peer_cases(uneven, ["ulysses"]):
         with pytest.raises(ValueError, match=r"equal shards and heads that divide, got shards of \(100, 140\) tokens"):
-            case.build()
+            case.build("")
 
 
 def test_local_parts_are_the_work_of_a_rank(ranks: Ranks) -> None:

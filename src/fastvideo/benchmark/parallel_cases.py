@@ -33,7 +33,9 @@ class ParallelCase:
         layout: The layout's name in a plan.
         ring: Ranks that share keys.
         ulysses: Ranks that swap heads for tokens.
-        build: Makes the call of this rank's query, key, value and perhaps gate; what it raises is a reason.
+        build: Makes the call of this rank's query, key, value and perhaps gate, under the layer name that it is handed; what it
+            raises is a reason. A name for each series of calls keeps the ranks from asking each other before every call, as
+            layers of a model don't (`fastvideo.distributed.agreement`).
         head_groups: Groups of heads of which one travels while another is computed.
         is_sparse: It is VSA, with a gate.
         is_float8: Tensors travel in float8, at inference.
@@ -46,7 +48,7 @@ class ParallelCase:
     layout: str
     ring: int
     ulysses: int
-    build: Callable[[], Call]
+    build: Callable[[str], Call]
     head_groups: int | None = None
     is_sparse: bool = False
     is_float8: bool = False
@@ -165,7 +167,7 @@ def _case(
         layout=layout.name,
         ring=layout.ring,
         ulysses=layout.ulysses,
-        build=lambda: problem.layer(backend, problem.shape.num_heads, group, problem.lengths, **options),
+        build=lambda prefix: problem.layer(backend, problem.shape.num_heads, group, problem.lengths, prefix=prefix, **options),
         head_groups=head_groups,
         is_sparse=backend == VSA,
         is_float8=is_float8,

@@ -6,6 +6,7 @@ Only their public calls are used: `yunchang.LongContextAttention`, and `dispatch
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -68,7 +69,10 @@ def _version(library: str) -> str:
 
 def _builder(
     build: Callable[[Problem, str, int, int], Call], problem: Problem, kernel: str, ring: int, ulysses: int
-) -> Callable[[], Call]:
+) -> Callable[[str], Call]:
+    """Return what makes a peer's call, once for all passes: it may make process groups."""
+
+    @functools.cache
     def checked() -> Call:
         if len(set(problem.lengths)) > 1 or problem.shape.num_heads % ulysses:
             raise ValueError(
@@ -77,7 +81,7 @@ def _builder(
             )
         return build(problem, kernel, ring, ulysses)
 
-    return checked
+    return lambda _name: checked()
 
 
 def _diffusers_kernel(problem: Problem, ring: int) -> str:  # noqa: ARG001  # one kernel for every layout

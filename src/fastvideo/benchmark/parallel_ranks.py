@@ -64,10 +64,11 @@ class Ranks:
     def together_ms(self, call: Callable[[], object], repeats: int) -> float:
         """Return the time of a call that all ranks make, in ms.
 
-        Calls follow each other without a pause, as layers of a model do, after one that warms up and brings ranks in step. A
+        Calls follow each other without a pause, as layers of a model do, after two that warm up and bring ranks in step. A
         call takes as long as on its slowest rank; the median over calls counts.
         """
         self.tell(None)
+        call()
         call()
         by_rank = self.tell(_times(call, repeats, self.device))
         return statistics.median(float(max(times)) for times in zip(*by_rank, strict=True))

@@ -38,11 +38,10 @@ _FOREIGN_REFUSALS = (*_REFUSALS, AssertionError, AttributeError, LookupError, OS
 
 @dataclass
 class _Entry:
-    """A row with what it takes to time it; `call` is `None` until it has been built."""
+    """A row with what it takes to time it; `repeats` is 0 until it has been checked."""
 
     case: ParallelCase
     row: ParallelRow
-    call: Call | None = None
     repeats: int = 0
 
 
@@ -161,12 +160,12 @@ class _Run:
                 self.report(f"round {number}: {row.case}, {row.pass_name}")
                 if number == 1:
                     self._check(entry, backend)
-            if row.refused is None and entry.call is not None and isinstance(backend, _Backend):
+            if row.refused is None and isinstance(backend, _Backend):
                 part = (backend.name, row.ring, row.ulysses, row.pass_name)
                 if row.library == "fastvideo" and part not in parts:
                     parts.add(part)
                     self._time_part(backend.part(row.ring, row.ulysses), row.pass_name)
-                row.rounds_ms.append(self._time_shared(entry.call, entry))
+                row.rounds_ms.append(self._time_shared(entry, number))
                 self._finish(row, backend)
             save(self.rows)
 
@@ -187,8 +186,9 @@ class _Run:
                 timed.repeats[pass_name] = self.ranks.repeats(call, self.round_ms)
             timed.rounds_ms.setdefault(pass_name, []).append(self.ranks.together_ms(call, timed.repeats[pass_name]))
 
-    def _time_shared(self, shared: Call, entry: _Entry) -> float:
+    def _time_shared(self, entry: _Entry, number: int) -> float:
         found = 0.0
+        shared = entry.case.build(f"{entry.row.case}, {entry.row.pass_name}, round {number}")
         for call in _calls(shared, self.shards, entry.row.pass_name, has_gate=entry.row.is_sparse):
             found = self.ranks.together_ms(call, entry.repeats)
         return found
@@ -199,11 +199,12 @@ class _Run:
         needs_grad = row.pass_name == "backward"
         leaves = self.shards.leaves(has_gate=case.is_sparse, needs_grad=needs_grad)
         results: dict[str, Tensor] = {}
+        shared: Call | None = None
         reason: str | None = None
         refusals: tuple[type[Exception], ...] = _REFUSALS if case.library == "fastvideo" else _FOREIGN_REFUSALS
         try:
-            entry.call = case.build()
-            results = outcome(entry.call, leaves, self.shards.dout if needs_grad else None)
+            shared = case.build(f"{row.case}, {row.pass_name}, check")
+            results = outcome(shared, leaves, self.shards.dout if needs_grad else None)
         except refusals as error:
             reason = _said(error)
             if self.problem.device.type == "cuda":
@@ -212,14 +213,14 @@ class _Run:
         row.refused = self._first_reason(reason)
         if row.refused is not None and case.planned is not None and case.planned.reasons:
             row.refused = f"{'; '.join(case.planned.reasons)} ({row.refused})"
-        if row.refused is not None or entry.call is None:
+        if row.refused is not None or shared is None:
             return
         if self.checks_errors:
             row.errors = backend.results.errors(results, with_rms=case.is_float8)
             verdict = backend.results.over_budget(results)
             row.over_budget = None if case.is_float8 else verdict
         results.clear()
-        for call in _calls(entry.call, self.shards, row.pass_name, has_gate=case.is_sparse):
+        for call in _calls(shared, self.shards, row.pass_name, has_gate=case.is_sparse):
             entry.repeats = self.ranks.repeats(call, self.round_ms)
             peak = extra_peak_bytes(call, self.problem.device)
             held = sum(x.nbytes for x in leaves) if needs_grad else 0
