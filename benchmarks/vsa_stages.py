@@ -42,12 +42,12 @@ def stages(shape: BenchmarkShape, tile_tyx: tuple[int, int, int], impl: str | No
     out = layer(*leaves[:3], gate=leaves[3])
     means = tile_means((query, key, value), geometry)
     mean_leaves = [x.detach().requires_grad_() for x in means]
-    coarse = coarse_attention(mean_leaves, scale)
+    coarse = coarse_attention(mean_leaves, scale, query.dtype)
     dcoarse = torch.randn_like(coarse)
 
     def coarse_stage() -> None:
         means = tile_means((query, key, value), geometry)
-        coarse_attention(means, scale)
+        coarse_attention(means, scale, query.dtype)
         select_tiles(means[0] * scale, means[1], num_kept)
 
     return {
@@ -56,7 +56,7 @@ def stages(shape: BenchmarkShape, tile_tyx: tuple[int, int, int], impl: str | No
         "coarse stage": coarse_stage,
         "  means": partial(tile_means, (query, key, value), geometry),
         "  scores and choice": lambda: select_tiles(means[0] * scale, means[1], num_kept),
-        "  coarse attention": partial(coarse_attention, means, scale),
+        "  coarse attention": partial(coarse_attention, means, scale, query.dtype),
         "  its backward": partial(torch.autograd.grad, coarse, mean_leaves, dcoarse, retain_graph=True),
     }
 

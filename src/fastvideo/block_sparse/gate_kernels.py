@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.block_sparse.pattern import TileLayout
 
-_ROWS, _COLUMNS = 8, 256
+_ROWS, _COLUMNS = 16, 128
 
 
 @triton.jit
@@ -29,14 +29,15 @@ def _tokens(order, i_row, i_end, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _columns(i_block, NUM_COLUMNS, s_h, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+def _columns(i_block, HEADS, s_h, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns of a program, which of them exist, and their places in a tensor with stride `s_h` of heads."""
     o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
     o_place = (o_column // HEAD_SIZE).to(tl.int64) * s_h + o_column % HEAD_SIZE
-    return o_column[None, :], (o_column < NUM_COLUMNS)[None, :], o_place[None, :]
+    # The product with a constant tells the compiler that the mask is the same for neighbours: loads are 16 bytes wide.
+    return o_column[None, :], (o_column < HEADS * HEAD_SIZE)[None, :], o_place[None, :]
 
 
-@triton.jit(do_not_specialize=["NUM_TILES", "NUM_COLUMNS"])
+@triton.jit(do_not_specialize=["NUM_TILES", "HEADS"])
 def gated_tiles_fwd_kernel(
     fine,
     coarse,
@@ -50,7 +51,7 @@ def gated_tiles_fwd_kernel(
     s_gs,
     s_gh,
     NUM_TILES,
-    NUM_COLUMNS,
+    HEADS,
     HEAD_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -58,20 +59,20 @@ def gated_tiles_fwd_kernel(
 ):
     """`out = fine + coarse[tile of token] * gate`; `out` may be `fine`."""
     i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_column, m_column, o_gate = _columns(tl.program_id(1), NUM_COLUMNS, s_gh, HEAD_SIZE, COLUMNS)
+    o_column, m_column, o_gate = _columns(tl.program_id(1), HEADS, s_gh, HEAD_SIZE, COLUMNS)
     i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
-    b_coarse = tl.load(coarse + (i_b * NUM_TILES + i_tile) * NUM_COLUMNS + o_column, mask=m_column, other=0.0)
+    b_coarse = tl.load(coarse + (i_b * NUM_TILES + i_tile) * HEADS * HEAD_SIZE + o_column, mask=m_column, other=0.0)
     for i_first in range(0, TILE, ROWS):
         o_token, m_row = _tokens(order, i_start + i_first, i_end, ROWS)
         m_block = m_row & m_column
         b_gate = tl.load(gate + i_b * s_gb + o_token * s_gs + o_gate, mask=m_block, other=0.0).to(tl.float32)
-        o_own = o_token * NUM_COLUMNS + o_column
+        o_own = o_token * (HEADS * HEAD_SIZE) + o_column
         b_fine = tl.load(fine + i_b * s_fb + o_own, mask=m_block, other=0.0).to(tl.float32)
         b_out = b_fine + b_coarse * b_gate
         tl.store(out + i_b * s_ob + o_own, b_out.to(out.dtype.element_ty), mask=m_block)
 
 
-@triton.jit(do_not_specialize=["NUM_TILES", "NUM_COLUMNS"])
+@triton.jit(do_not_specialize=["NUM_TILES", "HEADS"])
 def gated_tiles_bwd_kernel(
     out,
     dout,
@@ -91,7 +92,7 @@ def gated_tiles_bwd_kernel(
     s_gh,
     s_nb,
     NUM_TILES,
-    NUM_COLUMNS,
+    HEADS,
     HEAD_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -99,34 +100,33 @@ def gated_tiles_bwd_kernel(
 ):
     """`dgate = dout * coarse`, `dcoarse` = sums over tiles of `dout * gate`, and `fine = out - coarse * gate` again."""
     i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_column, m_column, o_gate = _columns(tl.program_id(1), NUM_COLUMNS, s_gh, HEAD_SIZE, COLUMNS)
-    _, _, o_dout = _columns(tl.program_id(1), NUM_COLUMNS, s_dh, HEAD_SIZE, COLUMNS)
+    o_column, m_column, o_gate = _columns(tl.program_id(1), HEADS, s_gh, HEAD_SIZE, COLUMNS)
+    _, _, o_dout = _columns(tl.program_id(1), HEADS, s_dh, HEAD_SIZE, COLUMNS)
     i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
-    o_tile = (i_b * NUM_TILES + i_tile) * NUM_COLUMNS + o_column
+    o_tile = (i_b * NUM_TILES + i_tile) * HEADS * HEAD_SIZE + o_column
     b_coarse = tl.load(coarse + o_tile, mask=m_column, other=0.0)
-    b_dcoarse = tl.zeros([1, COLUMNS], tl.float32)
+    b_dcoarse = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i_first in range(0, TILE, ROWS):
         o_token, m_row = _tokens(order, i_start + i_first, i_end, ROWS)
         m_block = m_row & m_column
         b_gate = tl.load(gate + i_b * s_gb + o_token * s_gs + o_gate, mask=m_block, other=0.0).to(tl.float32)
         b_dout = tl.load(dout + i_b * s_db + o_token * s_ds + o_dout, mask=m_block, other=0.0).to(tl.float32)
-        o_own = o_token * NUM_COLUMNS + o_column
+        o_own = o_token * (HEADS * HEAD_SIZE) + o_column
         b_out = tl.load(out + i_b * s_ob + o_own, mask=m_block, other=0.0).to(tl.float32)
-        b_dcoarse += tl.sum(b_dout * b_gate, 0)[None, :]
+        b_dcoarse += b_dout * b_gate
         tl.store(fine + i_b * s_nb + o_own, (b_out - b_coarse * b_gate).to(fine.dtype.element_ty), mask=m_block)
         tl.store(dgate + i_b * s_nb + o_own, (b_dout * b_coarse).to(dgate.dtype.element_ty), mask=m_block)
-    tl.store(dcoarse + o_tile, b_dcoarse, mask=m_column)
+    tl.store(dcoarse + o_tile, tl.sum(b_dcoarse, 0)[None, :], mask=m_column)
 
 
 def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -> None:
     batch, num_tiles, num_heads, head_size = coarse.shape
-    num_columns = num_heads * head_size
-    kernel[(num_tiles, triton.cdiv(num_columns, _COLUMNS), batch)](
+    kernel[(num_tiles, triton.cdiv(num_heads * head_size, _COLUMNS), batch)](
         coarse=coarse.contiguous(),
         order=layout.order,
         offsets=layout.offsets,
         NUM_TILES=num_tiles,
-        NUM_COLUMNS=num_columns,
+        HEADS=num_heads,
         HEAD_SIZE=head_size,
         TILE=layout.max_size,
         ROWS=min(_ROWS, triton.next_power_of_2(layout.max_size)),

@@ -5,8 +5,8 @@ in and out. Per head: the tokens of each tile are averaged; scaled dot products 
 tiles that a query tile keeps; the fine stage is softmax attention over the tokens of those; with a gate, softmax
 attention of the means, broadcast to the tokens of each tile and multiplied with the gate, is added.
 
-Chosen differently from the paper's code: means and coarse scores are in fp32 (fp64 for fp64), work follows real tokens and
-not padded slots, batches, grouped-query attention and any scale are allowed, and replicated text tokens take part.
+Chosen differently from the paper's code: means and the scores that choose are in fp32 (fp64 for fp64), work follows real
+tokens and not padded slots, batches, grouped-query attention and any scale are allowed, and replicated text tokens take part.
 
 Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D head size; T, Y, X video grid.
 """
@@ -150,7 +150,7 @@ def _run(
         # Without a gate the means serve the choice alone, which passes no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and gate is not None):
             means = tile_means((query, key) if gate is None else (query, key, value), geometry)
-    coarse = None if gate is None else coarse_attention(means, scale)
+    coarse = None if gate is None else coarse_attention(means, scale, query.dtype)
     if is_dense and gate is not None and coarse is not None:
         return add_gated_tiles(_dense_stage(query, key, value, scale), coarse, gate, geometry)
     indices = select_tiles(means[0] * scale, means[1], num_kept)
