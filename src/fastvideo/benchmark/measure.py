@@ -7,11 +7,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from fastvideo import __version__
 from fastvideo.platforms.system import current_platform
 
 __all__ = ["describe_run", "extra_peak_bytes", "kernel_ms", "live_bytes", "median_ms", "sm_clock_mhz"]
@@ -133,7 +133,7 @@ def _commit() -> str:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return f"unknown (version {metadata.version('fastvideo-attention')})"
+        return f"unknown (version {__version__})"
     return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
