@@ -28,7 +28,8 @@ from fastvideo.attention import (
     register_attn_backend,
 )
 from fastvideo.attention.backends.dense import DenseMetadataBuilder
-from fastvideo.distributed import sequence_parallel
+from fastvideo.distributed import RanksDisagree, sequence_parallel
+from fastvideo.forward_context import set_forward_context
 from fastvideo.testing.budget import assert_within_budget
 from fastvideo.testing.reference import reference_attention
 
@@ -299,6 +300,7 @@ BAD_CALLS = {
     "chunk of another length": (lambda q, c, s: (q[:, :3], q[:, :3], q[:, :3], c[0], s), ValueError, "5 tokens, got 3 tokens"),
     "another batch": (lambda q, c, s: (*[q.repeat(2, 1, 1, 1)] * 3, c[0], s), ValueError, "[2, 2, C, 4, 16]"),
     "another dtype": (lambda q, c, s: (*[q.double()] * 3, c[0], s), TypeError, "keys' dtype torch.float64, got torch.float32"),
+    "fewer keys": (lambda q, c, s: (q, q[:, :3], q[:, :3], c[0], s), ValueError, "5 tokens of the chunk, got 3"),
     "another layer's heads": (lambda q, c, s: (*[q[:, :, :2]] * 3, c[0], s), ValueError, "this layer has 4 query"),
     "too small a cache": (lambda q, c, s: (q, q, q, c[0][:, :, :7], s), ValueError, "reads 15 slots and kv_cache has 7"),
     "another device": (lambda q, c, s: (q, q, q, c[0].to("meta"), s), ValueError, "on cpu, got meta"),
@@ -321,7 +323,14 @@ def run_rank(rank: int, folder: str) -> None:
     address = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     differences = {}
-    for name, compiled in (("eager", False), ("compiled", True)):
+    # A chunk is two frames of five tokens each.
+    for name, compiled, lengths in (
+        ("eager", False, None),
+        ("uneven", False, (7, 3)),
+        ("empty shard", False, (0, 10)),
+        ("compiled", True, None),
+        ("compiled, uneven", True, (7, 3)),
+    ):
         options = {"tokens_per_frame": TOKENS, "window_frames": 2, "sink_frames": 1, "max_chunk_frames": 2}
         clip, layer = draw_clip(8, kv_heads=2), StreamingAttention(HEADS, HEAD_SIZE, num_kv_heads=2)
         with sequence_parallel(None):
@@ -329,12 +338,15 @@ def run_rank(rank: int, folder: str) -> None:
         with sequence_parallel(None):  # what the layer's own mesh says counts more
             cache = KVCache(1, 2, HEAD_SIZE, mesh=dist.group.WORLD, **options)
         run, worst = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer, 0.0
+        own = lengths or (TOKENS, TOKENS)
         for chunk in range(4):
-            first = (2 * chunk + rank) * TOKENS  # a chunk of two frames: this rank's shard is one of them
-            with torch.no_grad():
-                found = run(*(x[:, first : first + TOKENS] for x in clip), cache[0], cache.plan(2))
+            first = 2 * chunk * TOKENS + sum(own[:rank])
+            with torch.no_grad(), set_forward_context(chunk, None, shard_lengths=lengths):
+                found = run(*(x[:, first : first + own[rank]] for x in clip), cache[0], cache.plan(2))
             cache.advance()
-            worst = max(worst, (found - expected[:, first : first + TOKENS]).abs().max().item())
+            off = (found - expected[:, first : first + own[rank]]).abs()
+            assert off.shape[1] == own[rank]
+            worst = max(worst, off.sum().item())
         differences[name] = worst
     differences["heads"] = cache[0].shape[3]
     try:
@@ -343,6 +355,13 @@ def run_rank(rank: int, folder: str) -> None:
         layer(*(x[:, :TOKENS] for x in clip), whole[0], whole.plan(2))
     except ValueError as error:
         differences["refusal"] = str(error)
+    other = (7, 3) if rank == 0 else (6, 4)
+    cache = KVCache(1, 2, HEAD_SIZE, mesh=dist.group.WORLD, **options)
+    try:
+        with set_forward_context(0, None, shard_lengths=other):
+            layer(*(x[:, : other[rank]] for x in clip), cache[0], cache.plan(2))
+    except RanksDisagree as error:
+        differences["disagreement"] = str(error)
     Path(folder, f"{rank}.json").write_text(json.dumps(differences))
     dist.destroy_process_group()
 
@@ -356,8 +375,9 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     for rank in range(2):
         report = json.loads((tmp_path / f"{rank}.json").read_text())
         assert report["heads"] == 1
-        assert report["eager"] < 1e-5
-        assert report["compiled"] < 1e-5
+        for name in ("eager", "uneven", "empty shard", "compiled", "compiled, uneven"):
+            assert report[name] < 1e-4, name
+        assert "rank 1 has lengths=(6, 4) where rank 0 has lengths=(7, 3)" in report["disagreement"]
         assert "inside the sequence_parallel scope" in report["refusal"]
 
 

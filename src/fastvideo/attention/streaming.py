@@ -9,7 +9,7 @@ Shape legend: B batch, S tokens of a chunk (of this device), C slots in tokens, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -22,8 +22,11 @@ from fastvideo.attention.kv_cache import StreamingMetadata
 from fastvideo.attention.layer import _AttentionLayer
 from fastvideo.attention.selector import BackendWish
 from fastvideo.attention.validation import autocast, mask_kind
+from fastvideo.distributed.agreement import agree
 from fastvideo.distributed.mesh import SequenceGroup, as_sequence_group, current_sequence_group
+from fastvideo.distributed.shards import resolve_lengths
 from fastvideo.distributed.ulysses import check_heads, heads_to_tokens, tokens_to_heads
+from fastvideo.forward_context import thread_state
 from fastvideo.platforms import AttentionBackendEnum
 
 __all__ = ["StreamingAttention"]
@@ -33,8 +36,8 @@ class StreamingAttention(_AttentionLayer):
     """Self attention of one chunk over itself and what is cached, by any backend that accepts.
 
     The layer is an `AttentionLayer`: it takes its cache as a tensor and the chunk's place in it as metadata. Both come from one
-    `KVCache`. Where a sequence is shared by several devices, each holds an equal shard of the chunk's tokens and caches all
-    tokens of its heads (Ulysses), as in `DistributedAttention`.
+    `KVCache`. Where a sequence is shared by several devices, each holds a shard of the chunk's tokens, of any length, given with
+    the step's context, or of equal length without, and caches all tokens of its heads (Ulysses), as in `DistributedAttention`.
 
     Args:
         num_heads: Query heads, of all devices together.
@@ -113,24 +116,40 @@ class StreamingAttention(_AttentionLayer):
 
         Raises:
             TypeError: A type or dtype is wrong.
-            ValueError: A shape or device is wrong, or heads don't divide by the devices.
+            ValueError: A shape, device or shard length is wrong, or heads don't divide by the devices.
+            RanksDisagree: Another device makes another call.
             NotImplementedError: A gradient is needed, and none flows through the cache; or the devices form a ring.
             BackendUnavailable: No backend that may run here can. The cache is as it was.
         """
         query, key, value = autocast(query, key, value)  # type: ignore[assignment]
-        self._check(query, key, value)
+        self._check(query, key, value, may_lack_tokens=True)
+        if key.shape[1] != query.shape[1]:
+            raise ValueError(
+                f"expected key and value of the query's length, {query.shape[1]} tokens of the chunk, got {key.shape[1]}"
+            )
         group = current_sequence_group(self.sequence_group)
         check_heads(self.num_heads, self.num_kv_heads, group)
         if not isinstance(attn_metadata, StreamingMetadata):
             raise TypeError(
                 f"expected attn_metadata as KVCache.plan() returns it (StreamingMetadata), got {type(attn_metadata).__name__}"
             )
-        attn_metadata.check_sequence(query.shape[1] * group.size)
+        lengths = resolve_lengths(query.shape[1], group, thread_state.shard_lengths)
+        attn_metadata.check_sequence(sum(lengths))
         _check_cache(kv_cache, key, attn_metadata, group.size)
         _check_no_gradient(query, key, value, kv_cache)
         if group.size > 1:
-            # Query and key have one length but may differ in heads.
-            query, key, value = tokens_to_heads((query, key, value), group)
+            fields: dict[str, Any] = {
+                "pass": "inference",
+                "layer": self.prefix,
+                "layout": "streaming",
+                "query": (query.shape[0], self.num_heads, self.head_size),
+                "key_heads": self.num_kv_heads,
+                "lengths": lengths,
+                "keys": attn_metadata.num_keys,
+                "dtype": query.dtype,
+            }
+            query = agree(query, group, **fields)
+            query, key, value = tokens_to_heads((query, key, value), lengths, group)
 
         keys, values = kv_cache[0, :, : attn_metadata.num_keys], kv_cache[1, :, : attn_metadata.num_keys]
         mask = attn_metadata.attn_mask
@@ -141,7 +160,7 @@ class StreamingAttention(_AttentionLayer):
         kv_cache[0].index_copy_(1, attn_metadata.slots, key)
         kv_cache[1].index_copy_(1, attn_metadata.slots, value)
         output: torch.Tensor = run_impl(selected, (query, keys, values), metadata, forward_extras(attn_mask=mask))
-        return output if group.size == 1 else heads_to_tokens(output, group)
+        return output if group.size == 1 else heads_to_tokens(output, lengths, group)
 
 
 if TYPE_CHECKING:

@@ -173,20 +173,20 @@ def token_route(
     return Route(consecutive(1, lengths), by_rank, tuple(shape), (batch, lengths[rank], *own, head_size))
 
 
-def tokens_to_heads(tensors: Sequence[torch.Tensor], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
-    """Exchange `[B, S/P, H, D]` each for `[B, S, H/P, D]`: equal shards, and heads that divide by the ranks."""
+def tokens_to_heads(tensors: Sequence[torch.Tensor], lengths: Sequence[int], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
+    """Exchange `[B, S_r, H, D]` each for `[B, S, H/P, D]`, rank r having `lengths[r]` tokens; heads divide by the ranks."""
     result = []
     for x in tensors:
         shares = share_heads(x.shape[2], x.shape[2], group.size)
-        result.append(exchange(x, head_route(x.shape, shares.query, (x.shape[1],) * group.size, group.rank), group))
+        result.append(exchange(x, head_route(x.shape, shares.query, lengths, group.rank), group))
     return tuple(result)
 
 
-def heads_to_tokens(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """Exchange `[B, S, H/P, D]` for `[B, S/P, H, D]`."""
+def heads_to_tokens(x: torch.Tensor, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
+    """Exchange `[B, S, H/P, D]` for `[B, S_r, H, D]`, rank r having `lengths[r]` tokens."""
     size, num_heads = group.size, x.shape[2]
     heads = share_heads(num_heads * size, num_heads * size, size).query
-    return exchange(x, token_route(x.shape, heads, (x.shape[1] // size,) * size, group.rank), group)
+    return exchange(x, token_route(x.shape, heads, lengths, group.rank), group)
 
 
 def exchange_mask(
