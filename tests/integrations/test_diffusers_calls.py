@@ -8,10 +8,15 @@ import threading
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from fastvideo.attention import use_attn_backend
+from fastvideo.attention import register_attn_backend, use_attn_backend
+from fastvideo.attention.backends.video_sparse_attn import (
+    VideoSparseAttentionBackend,
+    VideoSparseAttentionMetadataBuilder,
+)
 from fastvideo.forward_context import get_forward_context, set_forward_context
 from fastvideo.integrations.diffusers import (
     AttentionPolicy,
@@ -201,6 +206,66 @@ def test_a_call_inside_a_compiled_function_follows_the_step(policy: AttentionPol
             with denoising_step(step):
                 assert torch.allclose(function(inputs), call(model, inputs), atol=1e-6), step
     assert counter.frame_count == num_graphs
+
+
+def test_a_model_that_is_compiled_already_takes_it_on_and_off() -> None:
+    model, inputs = make("wan")
+    apply(model, SPARSE)
+    with torch.no_grad():
+        sparse = call(model, inputs)
+        remove(model)
+        original = call(model, inputs)
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        assert torch.allclose(call(model, inputs), original, atol=1e-6)
+        apply(model, SPARSE)
+        assert torch.allclose(call(model, inputs), sparse, atol=1e-6)
+        remove(model)
+        assert torch.allclose(call(model, inputs), original, atol=1e-6)
+
+
+class TableBuilder(VideoSparseAttentionMetadataBuilder):
+    def build(self, *, table, **kwargs):
+        return super().build(VSA_sparsity=float(table[len(table) // 2]), **kwargs)
+
+
+class TableBackend(VideoSparseAttentionBackend):
+    get_name = staticmethod(lambda: "TABLE_BACKEND")
+    get_builder_cls = staticmethod(lambda: TableBuilder)
+
+
+def test_options_that_look_alike_are_told_apart() -> None:
+    """The text of a large tensor leaves its middle out; models that differ there alone don't get each other's metadata."""
+    register_attn_backend("TABLE_BACKEND", TableBackend)
+    model, inputs = make("wan")
+    outputs = []
+    for sparsity in (0.0, 0.7):
+        table = torch.zeros(5001)
+        table[2500] = sparsity
+        rule = Rule(role="self", backend="TABLE_BACKEND", options={"table": table})
+        apply(model, AttentionPolicy(rules=[rule]))
+        outputs.append(call(model, inputs))
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+    apply(model, AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.7)]))
+    assert torch.equal(call(model, inputs), outputs[1])
+
+
+def test_gates_that_diffusers_dropped_are_an_error(tmp_path, monkeypatch) -> None:
+    model, inputs = make("wan")
+    monkeypatch.setattr(type(model), "_keep_in_fp32_modules", None)  # diffusers needs accelerate to load them
+    model.save_pretrained(tmp_path / "transformer")
+    apply(type(model).from_pretrained(tmp_path, subfolder="transformer"))
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    gates = {f"blocks.{block}.to_gate_compress.weight": torch.zeros(24, 24) for block in range(2)}
+    save_file({**load_file(file), **gates}, file, metadata={"format": "pt"})
+    for loaded in (
+        type(model).from_pretrained(tmp_path / "transformer"),
+        type(model).from_pretrained(tmp_path, subfolder="transformer"),
+    ):
+        with pytest.raises(ValueError, match=r"transformer holds gates .*blocks.0.to_gate_compress.weight .*WanInPipeline"):
+            apply(loaded)
+        assert plan_of(loaded) is None
+    apply(model)
+    assert torch.isfinite(call(model, inputs)).all()
 
 
 def test_what_is_not_known_is_refused() -> None:

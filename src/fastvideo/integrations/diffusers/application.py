@@ -193,6 +193,7 @@ def _prepare(
 ) -> _Prepared:
     """Check everything, and build what is put on the model, which stays as it is."""
     family = find_family(model)
+    family.check(model)
     sites = tuple(family.sites(model))
     _check_model(model, family.name, sites, group)
     plan = Plan.resolve(policy, [site.place for site in sites], model_name=type(model).__name__)

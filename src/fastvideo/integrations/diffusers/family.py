@@ -103,6 +103,13 @@ class Family(ABC):
     def sites(self, model: nn.Module) -> Iterable[Site]:
         """Return every attention module of the model, in the order of layers."""
 
+    def check(self, model: nn.Module) -> None:  # noqa: B027  # most families have nothing to check
+        """Refuse a model that would not make what its checkpoint was trained for, before anything is put on it.
+
+        Raises:
+            ValueError: It is such a model.
+        """
+
     def video_shape(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:  # noqa: ARG002  # families look at it or not
         """Return the latent's frames, height and width, and the patch size along the same axes, for one call.
 

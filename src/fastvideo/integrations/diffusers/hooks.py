@@ -9,6 +9,7 @@ that each step compiles anew.
 from __future__ import annotations
 
 import functools
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -63,6 +64,7 @@ class ModelHook:
     ) -> None:
         self.family, self.plan, self.steps, self.group = family, plan, steps, group
         self.names, self.splits, self.processors = names, splits, processors
+        self.keys = tuple(f"{name} {_told_apart(rule.builder_options)}" for name, rule in plan.builders)
         self.needed = tuple(tuple(sorted(plan.metadata_of_phase(phase))) for phase in range(len(plan.boundaries) + 1))
         self.cuts_text = tuple(
             any(row[phase].refuses_padding for row in plan.choices) for phase in range(len(plan.boundaries) + 1)
@@ -136,7 +138,7 @@ class ModelHook:
         found: list[AttentionMetadata | None] = [None] * len(self.plan.builders)
         for number in self.needed[phase]:
             name, rule = self.plan.builders[number]
-            key = _remember(name, repr(sorted(rule.builder_options.items())), rule, sizes, str(device))
+            key = _remember(name, self.keys[number], rule, sizes, str(device))
             metadata = _metadata[key]
             is_same = torch.compiler.is_compiling() or metadata.current_timestep == step
             found[number] = metadata if is_same else replace(metadata, current_timestep=step)
@@ -213,10 +215,21 @@ def real_text_lengths(mask: torch.Tensor | None) -> tuple[int, ...] | None:
     return tuple(lengths)
 
 
+def _told_apart(options: Mapping[str, Any]) -> str:
+    """Return a text that no other options have: equal ones share it where they are plain values, which a text says whole."""
+    return repr(sorted(options.items())) if _is_plain(list(options.values())) else uuid.uuid4().hex
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 @constant_while_tracing
-def _remember(name: str, options: str, rule: Any, sizes: tuple[int, ...], device: str) -> str:
+def _remember(name: str, key: str, rule: Any, sizes: tuple[int, ...], device: str) -> str:
     """Build metadata once per geometry, keep it, and return its name: Dynamo keeps names and reads dicts."""
-    key = f"{name} {options} {sizes} {device}"
+    key = f"{key} {sizes} {device}"
     if key not in _metadata:
         # Caches of index tensors inside hold for training too.
         with torch.inference_mode(False), torch.no_grad():

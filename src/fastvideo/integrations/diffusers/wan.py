@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fastvideo.integrations.diffusers.family import (
 )
 from fastvideo.integrations.diffusers.rotary import rotate_neighbours
 from fastvideo.integrations.plan import Place
+from fastvideo.models.wan.checkpoint import gate_names, read_header
 
 __all__ = ["WanCrossProcessor", "WanFamily", "WanSelfProcessor"]
 
@@ -95,6 +97,24 @@ class WanFamily(Family):
 
     name = "Wan"
     model_classes = ("WanTransformer3DModel",)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model whose checkpoint has gates of Video Sparse Attention, which diffusers dropped when it loaded it.
+
+        Raises:
+            ValueError: The folder that it was loaded from holds such weights.
+        """
+        config: Any = model.config
+        source = Path(str(config.get("_name_or_path") or "/nowhere"))
+        # diffusers notes the folder, or the one around it where it was told a subfolder.
+        for folder in (source, source / "transformer"):
+            names = {name for path in folder.glob("*.safetensors") for name in read_header(path)}
+            if gates := gate_names(names):
+                raise ValueError(
+                    f"{folder} holds gates of Video Sparse Attention, {gates[0]} and others, and diffusers dropped them when "
+                    "it loaded this model; load it by fastvideo.models.wan.WanTransformer3DModel.load(folder), and put "
+                    "fastvideo.models.wan.pipeline.WanInPipeline(model) into the pipeline"
+                )
 
     def sites(self, model: nn.Module) -> Iterable[Site]:
         """Return `attn1`, within the video, and `attn2`, to text and image, of each block."""
