@@ -5,6 +5,7 @@ Every case starts with a process group of its own and reports what happened as t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 from fastvideo.attention import DistributedAttention
 from fastvideo.distributed import agreement
@@ -269,6 +271,27 @@ def compiled_no_backward() -> str:
     return "no error"
 
 
+def checkpointed() -> str:
+    """Recomputed forward passes are calls like any other, and every rank makes them."""
+    layers = [DistributedAttention(2, 8, prefix=f"blocks.{number}") for number in range(2)]
+    grads = []
+    for is_reentrant in (None, True, False):
+        x = first = leaf()
+        for layer in layers:
+            run = (
+                (lambda x, layer=layer: layer(x, x, x)[0])
+                if is_reentrant is None
+                else functools.partial(
+                    torch.utils.checkpoint.checkpoint, lambda x, layer=layer: layer(x, x, x)[0], use_reentrant=is_reentrant
+                )
+            )
+            x = run(x)
+        (x * x).sum().backward()
+        grads.append(first.grad)
+    same = all(torch.equal(grads[0], grad) for grad in grads[1:])
+    return f"{same} {bool(grads[0].any())} {ledger().count} calls"
+
+
 def training_step(*, skips: bool = False, enters: bool = True) -> None:
     """Three equal blocks without names, forward and backward, in mode "new"."""
     group, words = SequenceGroup.from_mesh(dist.group.WORLD), {"pass": "forward", "query": (1, 4)}
@@ -413,6 +436,7 @@ TOGETHER = (
     other_order_of_backward,
     other_order_of_layers,
     compiled_no_backward,
+    checkpointed,
     known_training_steps_are_silent,
     new_no_backward,
 )

@@ -80,6 +80,7 @@ def test_two_ranks(server, tmp_path: Path) -> None:
     for report in told["known_calls_are_silent"]:
         assert re.fullmatch(r"[\d.]+ µs", str(report["told"])), report["told"]
         assert float(str(report["told"]).split()[0]) < 100, "a dictionary lookup, on a busy machine"
+    assert [report["told"] for report in told["checkpointed"]] == ["True True 16 calls"] * 2, "4 + 2 × (2 + 2 + 2)"
     for report in told["known_training_steps_are_silent"]:
         assert re.fullmatch(r"[\d.]+ µs", str(report["told"])), report["told"]
     absent = {str(report["told"]) for report in told["absent"]}

@@ -36,8 +36,8 @@ class StreamingAttention(_AttentionLayer):
     """Self attention of one chunk over itself and what is cached, by any backend that accepts.
 
     The layer is an `AttentionLayer`: it takes its cache as a tensor and the chunk's place in it as metadata. Both come from one
-    `KVCache`. Where a sequence is shared by several devices, each holds a shard of the chunk's tokens, of any length, given with
-    the step's context, or of equal length without, and caches all tokens of its heads (Ulysses), as in `DistributedAttention`.
+    `KVCache`. Where a sequence is shared by several devices, each holds a shard of the chunk's tokens, of the length that the
+    step's context gives or equal ones, and caches all tokens of its heads (Ulysses), as in `DistributedAttention`.
 
     Args:
         num_heads: Query heads, of all devices together.
