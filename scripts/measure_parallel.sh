@@ -22,6 +22,41 @@ fi
 mkdir -p "$folder"
 status=0
 
+limited() { # SECONDS COMMAND...: ended with all it has started once the time is up
+    local limit=$1
+    shift
+    "$@" &
+    local process=$!
+    (sleep "$limit" && end_tree $process) > /dev/null 2>&1 &
+    local guard=$!
+    wait $process
+    local code=$?
+    end_tree $guard
+    return $code
+}
+
+end_tree() { # PROCESS: ranks are sessions of their own, and one that waits for a device outlives the process that started it
+    "$python" - "$1" << 'PYTHON'
+import os, pathlib, signal, sys
+
+parents = {}
+for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()
+    except OSError:
+        continue
+    parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+tree = [int(sys.argv[1])]
+for process in tree:
+    tree += parents.get(process, [])
+for process in tree:
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+PYTHON
+}
+
 show() { # FILE: the rows that a step had measured when it ended
     "$python" - "$1" << 'PYTHON'
 import json, sys
@@ -38,13 +73,14 @@ bench() { # NAME SECONDS ARGUMENT...
     local name=$1-x$ranks limit=$2
     shift 2
     echo "== $name: fastvideo bench --parallel $*"
-    timeout -s KILL "$limit" "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" \
-        -m fastvideo bench --parallel "$@" --device "$device" --peers --model --json "$folder/$name.json" 2> "$folder/$name.log"
-    local code=$?
-    if [ $code -ne 0 ]; then
+    limited "$limit" "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" \
+        -m fastvideo bench --parallel "$@" --device "$device" --peers --model --json "$folder/$name.json" 2> "$folder/$name.log" |
+        tee "$folder/$name.txt"
+    local code=${PIPESTATUS[0]}
+    if [ "$code" -ne 0 ]; then
         echo "== $name ended with status $code"
-        grep -v 'Warning\|^ *warnings.warn' "$folder/$name.log" | tail -n 15
-        [ $code -gt 1 ] && [ -f "$folder/$name.json" ] && show "$folder/$name.json"
+        grep -v 'Warning\|^ *warnings.warn\|^frame #' "$folder/$name.log" | tail -n 15
+        grep -q '^rank ' "$folder/$name.txt" || { [ -f "$folder/$name.json" ] && show "$folder/$name.json"; }
         status=1
     fi
 }
@@ -55,7 +91,8 @@ for part in $parts; do
             mapfile -t files < <(grep -rl --include='test_*.py' 'mark.multi_gpu' tests)
             at_once=()
             "$python" -c 'import xdist' 2> /dev/null && at_once=(-n "${#files[@]}" --dist loadfile)
-            timeout -s KILL 200 "$python" -m pytest -q -m multi_gpu "${at_once[@]}" --durations 8 "${files[@]}" 2>&1 | tail -n 60
+            limited 200 "$python" -m pytest -q -m multi_gpu "${at_once[@]}" --durations 8 "${files[@]}" 2>&1 |
+                tee "$folder/multi-gpu-x$ranks.txt" | tail -n 60
             [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
             ;;
         720p) bench wan2.1-14b-720p 170 wan2.1-14b-720p --rounds 2 --round-ms 100 --fp8 ;;
