@@ -16,7 +16,7 @@ _VERBS = {
     "explain": ("fastvideo.cli.explain", "say which attention backend would run a call, and why the others wouldn't"),
     "bench": ("fastvideo.cli.bench", "measure time, memory and error of attention on named shapes"),
     "plan": ("fastvideo.cli.plan", "list the ways to share one attention over several ranks, and what each costs"),
-    "train": ("fastvideo.training.cli", "train the bundled model, resume a run, or draw loss curves"),
+    "train": ("fastvideo.training.cli", "train the bundled model, fine-tune it or a Wan checkpoint, or draw loss curves"),
 }
 
 

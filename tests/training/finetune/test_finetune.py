@@ -163,6 +163,18 @@ def test_a_killed_run_goes_on_with_the_same_losses(folders: Path, killed: Path, 
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_a_line_that_a_kill_parts_is_the_same(folders: Path, one: Path, tmp_path: Path) -> None:
+    """Three steps on one line, the checkpoint after the second of them."""
+    changes = {"max_steps": 3, "log_interval": 3, "sparsity_ramp": 0.66}
+    assert main(arguments(folders, tmp_path / "whole", **changes)) == 0
+    assert run_program([("kill", arguments(folders, tmp_path / "parted", **changes))], 1) == [-signal.SIGKILL]
+    assert main([*arguments(folders, tmp_path / "parted", **changes), "--resume"]) == 0
+    whole, parted = (read(tmp_path / name) for name in ("whole", "parted"))
+    assert [line["step"] for line in whole] == [3]
+    assert whole[0]["loss"] == pytest.approx(sum(losses(one)[:3]) / 3, rel=1e-6)
+    assert [line["loss"] for line in parted] == [whole[0]["loss"]]
+
+
 def test_two_processes_equal_one(folders: Path, killed: Path, one: Path, tmp_path: Path) -> None:
     """Sharing sequences, sharing batches, and going on with what one process began."""
     resumed = tmp_path / "resumed"
@@ -245,6 +257,12 @@ def test_refusals(folders: Path, tmp_path: Path, capsys, name: str) -> None:
     assert main([*arguments(folders, tmp_path / "run"), *extra]) == 2
     assert re.sub(r"\s+", " ", capsys.readouterr().err).find(text) >= 0
     assert not torch.distributed.is_initialized()
+
+
+def test_a_whole_pipeline_is_told_from_its_model(folders: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(folders / "model", tmp_path / "pipeline" / "transformer")
+    assert main([*arguments(folders, tmp_path / "run"), "--model", str(tmp_path / "pipeline")]) == 2
+    assert f"give the model in it, {tmp_path / 'pipeline' / 'transformer'}" in capsys.readouterr().err
 
 
 def test_text_dropout_needs_a_null_text(folders: Path, tmp_path: Path, capsys) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,28 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from fastvideo.training.finetune.config import FinetuneConfig
 from fastvideo.training.finetune.parallel import local
 
-__all__ = ["check_settings", "last_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Progress", "check_settings", "last_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 SETTINGS_NAME = "run.json"
 FOLDER_NAME = "checkpoints"
 _KEPT = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Number of finished steps.
+        elapsed: Seconds of training so far.
+        loss_sum: Sum of the losses of steps that aren't logged yet, so that the line which tells them is the same after a kill.
+        num_losses: How many those are.
+    """
+
+    step: int = 0
+    elapsed: float = 0.0
+    loss_sum: float = 0.0
+    num_losses: int = 0
 
 
 def check_settings(folder: Path, config: FinetuneConfig, sources: dict[str, str], *, resume: bool) -> None:
@@ -78,8 +96,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: Sequence[Tensor],
-    step: int,
-    elapsed: float,
+    progress: Progress,
 ) -> None:
     """Write a checkpoint, and drop those before the last two. Every process calls it.
 
@@ -88,16 +105,15 @@ def save_checkpoint(
         model: The sharded model; its parameters are the masters.
         optimizer: Of the model.
         average: Averages, in the order of the parameters.
-        step: Number of finished steps.
-        elapsed: Seconds of training so far.
+        progress: How far the run is.
     """
-    path = folder / FOLDER_NAME / f"step-{step:08d}"
+    path = folder / FOLDER_NAME / f"step-{progress.step:08d}"
     partial = path.with_suffix(".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    save(_state(model, optimizer, average, step, elapsed), checkpoint_id=partial)
+    save(_state(model, optimizer, average, progress), checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
         partial.rename(path)
@@ -107,28 +123,23 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Sequence[Tensor]
-) -> tuple[int, float]:
-    """Restore a run from a checkpoint, in place; return its number of finished steps and its seconds of training so far."""
-    state = _state(model, optimizer, average, 0, 0.0)
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Sequence[Tensor]) -> Progress:
+    """Restore a run from a checkpoint, in place; return how far it is."""
+    state = _state(model, optimizer, average, Progress())
     load(state, checkpoint_id=path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     with torch.no_grad():
         for mine, saved in zip(average, state["average"].values(), strict=True):
             local(mine).copy_(local(saved))
-    progress = state["progress"]
-    return int(progress["step"]), float(progress["elapsed"])
+    return Progress(**state["progress"])
 
 
-def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Sequence[Tensor], step: int, elapsed: float
-) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, average: Sequence[Tensor], progress: Progress) -> dict[str, Any]:
     names = [name for name, _ in model.named_parameters()]
     return {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "average": dict(zip(names, average, strict=True)),
-        "progress": {"step": step, "elapsed": elapsed},
+        "progress": asdict(progress),
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvideo.models.sprites.pipeline import SpriteVideoModel, bundled_model, is_sprite_config
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
-from fastvideo.models.wan.checkpoint import SPARSITY_NOTE, read_config, write_folder
+from fastvideo.models.wan.checkpoint import CONFIG_NAME, SPARSITY_NOTE, read_config, write_folder
 from fastvideo.models.wan.config import AttentionKind
 from fastvideo.training.finetune.config import FinetuneConfig
 
@@ -24,6 +24,9 @@ __all__ = ["BUNDLED", "Origin"]
 
 BUNDLED = "bundled"
 """Stands for the folder of the bundled model."""
+
+TRANSFORMER = "transformer"
+"""Where diffusers' pipelines keep the model."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Origin:
         place = Path(folder)
         if str(folder) == BUNDLED and not place.exists():
             place = bundled_model()
+        if not (place / CONFIG_NAME).exists() and (place / TRANSFORMER / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{place} is a whole pipeline; give the model in it, {place / TRANSFORMER}")
         values = read_config(place)
         is_sprites = is_sprite_config(values)
         return cls(place, WanConfig.from_dict(values["transformer"] if is_sprites else values), is_sprites)

@@ -28,7 +28,7 @@ from fastvideo.models.sprites.pipeline import with_coordinates
 from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.models.wan.checkpoint import cast_weights
 from fastvideo.training.finetune.batches import Batch, BatchSource
-from fastvideo.training.finetune.checkpoint import check_settings, last_checkpoint, load_checkpoint, save_checkpoint
+from fastvideo.training.finetune.checkpoint import Progress, check_settings, last_checkpoint, load_checkpoint, save_checkpoint
 from fastvideo.training.finetune.config import FinetuneConfig
 from fastvideo.training.finetune.data import ExampleStore
 from fastvideo.training.finetune.origin import Origin
@@ -110,10 +110,12 @@ class Finetuner:
         self.parameters = list(model.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer = _build_optimizer(config, model, on.device)
-        self.finished_steps, self._elapsed_before = 0, 0.0
-        checkpoint = last_checkpoint(options.folder) if options.resume else None
+        checkpoint, before = last_checkpoint(options.folder) if options.resume else None, Progress()
         if checkpoint is not None:
-            self.finished_steps, self._elapsed_before = load_checkpoint(checkpoint, model, self.optimizer, self.average)
+            before = load_checkpoint(checkpoint, model, self.optimizer, self.average)
+        self.finished_steps, self._elapsed_before = before.step, before.elapsed
+        self._loss_sum = torch.tensor(before.loss_sum, dtype=torch.float64, device=on.device)
+        self._num_losses = before.num_losses
         resumed_at = self.finished_steps if options.resume else None
         self._metrics = Metrics(options.folder, resumed_at) if on.rank == 0 else None
         self._metadata: dict[tuple[tuple[int, ...], float], AttentionMetadata | None] = {}
@@ -139,29 +141,28 @@ class Finetuner:
     def _run(self) -> Finetuner:
         config, options = self.config, self.options
         self._started = time.monotonic()
-        losses: list[Tensor] = []
         shown, logged_at, num_tokens = float("nan"), time.monotonic(), 0
         if self.finished_steps == 0:
             self.record({"kind": "config", **config.to_dict(), **(options.sources or {}), "num_devices": self.on.size})
         while self.finished_steps < config.max_steps:
             step = self.finished_steps
             loss, norm = self.train_step(step)
-            losses.append(loss)
+            self._loss_sum += loss
+            self._num_losses += 1
             num_tokens += config.batch_size * self.num_tokens(step)
             self.finished_steps = step + 1
             is_last, is_late = self.finished_steps == config.max_steps, False
             if self.finished_steps % options.log_interval == 0 or is_last:
                 late = options.max_seconds is not None and time.monotonic() - self._started > options.max_seconds
-                values = self.on.mean(
-                    torch.stack([*map(torch.Tensor.double, losses), norm.new_tensor(late, dtype=torch.float64)])
-                )
-                shown, is_late = values[:-1].mean().item(), bool(values[-1] > 0)
+                total, lateness = self.on.mean(torch.stack([self._loss_sum, self._loss_sum.new_tensor(late)])).tolist()
+                shown, is_late = total / self._num_losses, lateness > 0
+                self._loss_sum.zero_()
+                self._num_losses = 0
                 if not math.isfinite(shown):
                     raise RuntimeError(
                         f"the loss of the steps up to {self.finished_steps} is {shown}; begin again with a lower learning "
                         "rate, or look at the data"
                     )
-                losses.clear()
                 rate = num_tokens / (time.monotonic() - logged_at)
                 self._record_training(step, shown, norm.item(), rate)
                 logged_at, num_tokens = time.monotonic(), 0
@@ -258,7 +259,9 @@ class Finetuner:
 
     def save_checkpoint(self) -> None:
         """Write the state that a resumed run continues from."""
-        save_checkpoint(self.options.folder, self.model, self.optimizer, self.average, self.finished_steps, self.elapsed)
+        loss_sum = self.on.mean(self._loss_sum).item()
+        progress = Progress(self.finished_steps, self.elapsed, loss_sum, self._num_losses)
+        save_checkpoint(self.options.folder, self.model, self.optimizer, self.average, progress)
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

@@ -1,0 +1,50 @@
+"""Every `fastvideo` command that the documents show is one that the parser takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fastvideo.cli import bench, explain, generate, main, plan
+from fastvideo.training import cli as train
+from fastvideo.training.finetune import cli as finetune
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Return the documents' commands, without what starts them on several processes, variables filled in."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            if language not in ("", "sh", "bash", "console"):
+                continue
+            text = block.replace("\\\n", " ")
+            for name, value in re.findall(r'^(\w+)="(.*?)"$', text, re.MULTILINE | re.DOTALL):
+                text = text.replace(f"${name}", value.replace("\n", " "))
+            for line in text.splitlines():
+                command = re.search(r"(?:^|-m )fastvideo (.*)", line.strip())
+                if command is not None and "..." not in command[1]:
+                    found.append((path.name, shlex.split(command[1], comments=True)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [pytest.param(*pair, id=f"{pair[0]}: {' '.join(pair[1])[:60]}") for pair in commands()]
+)
+def test_the_parser_takes_it(page: str, words: list[str], monkeypatch) -> None:
+    taken = []
+    for module in (bench, explain, generate, plan, train, finetune):
+        monkeypatch.setattr(module, "run", lambda args: taken.append(args) or 0)
+    monkeypatch.setattr(finetune, "run_shards", finetune.run)
+    assert main(words) == 0
+    assert len(taken) == 1
+
+
+def test_the_documents_show_commands() -> None:
+    pages = {page for page, _ in commands()}
+    assert {"README.md", "generate.md", "train-with-vsa.md"} <= pages
+    assert any("bundled" in words and "--data" in words for _, words in commands())
