@@ -19,6 +19,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from fastvideo.distributed.agreement.records import Fields, decode, describe_difference, encode
@@ -63,7 +64,7 @@ class Ledger:
         failure: Why no further call may be made, or `None`.
         raised: Whether a caller was told.
         transports: Names of the process groups through which its ranks exchange tensors.
-        thread: Identifier of the thread that made the last call.
+        thread: Identifier of the thread that made the last call outside of a backward pass.
     """
 
     def __init__(self, ranks: tuple[int, ...], rank: int, timeout: float, generation: int = 0) -> None:
@@ -114,7 +115,9 @@ class Ledger:
         if self.failure is not None:
             self.raised = True
             raise RanksDisagree(self.failure)
-        self.thread = threading.get_ident()
+        if torch._C._current_graph_task_id() == -1:
+            # In a backward pass this may be a thread of autograd's, and the one that asked for it is told.
+            self.thread = threading.get_ident()
         known = self._successors.get(self._previous)
         number = self.count + 1
         if every or known is None or known != fields:
