@@ -172,6 +172,12 @@ def test_rules_are_checked_where_they_are_written() -> None:
         Rule(backend="auto", sparsity=0.5)
     with pytest.raises(TypeError, match="sparsity"):
         Rule(backend="VIDEO_SPARSE_ATTN", sparsity="0.5")
+    for sparsity in (1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"sparsity in \[0, 1\)"):
+            Rule(backend="VIDEO_SPARSE_ATTN", sparsity=sparsity)
+    assert AttentionPolicy(rules=(Rule(**VSA) for _ in range(2))).rules == (Rule(**VSA),) * 2
+    with pytest.raises(TypeError, match="list of Rule"):
+        AttentionPolicy(rules=3)
     with pytest.raises(TypeError, match="options"):
         Rule(backend="TORCH_SDPA", options=[1])
     with pytest.raises(TypeError, match="list of Rule"):

@@ -60,6 +60,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert torch.equal(expected, resumed), name
 
 
+def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
+    trainer(tmp_path, checkpoint_interval=4, max_seconds=None).run()
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    job = trainer(tmp_path)
+    for step in range(4):
+        job.train_step(step)
+    job.finished_steps = 4
+    job.save_checkpoint()
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"kind": "train", "st')  # what a kill leaves behind
+    trainer(tmp_path, resume=True).run()
+    found, expected = read_metrics(tmp_path), [json.loads(line) for line in lines.splitlines()]
+    assert [(line["kind"], line.get("step")) for line in found] == [(line["kind"], line.get("step")) for line in expected]
+    assert found[-1]["loss"] == expected[-1]["loss"]
+
+
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
         trainer(tmp_path, resume=True)

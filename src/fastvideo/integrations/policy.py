@@ -6,7 +6,7 @@ A policy is checked twice: each rule by itself when it is written, and the whole
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +45,8 @@ class Rule:
 
     Raises:
         TypeError: A type is wrong.
-        ValueError: A role is unknown, a set of layers or steps is empty, or options come without a backend that takes any.
+        ValueError: A role is unknown, a set of layers or steps is empty, the sparsity is out of range, or options come without a
+            backend that takes any.
         UnknownBackend: No backend has that name.
 
     Example:
@@ -70,6 +71,8 @@ class Rule:
             raise ValueError("attention among text tokens has no layer number; leave out layers where role='text'")
         if self.sparsity is not None and (isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float))):
             raise TypeError(f"expected sparsity as a float in [0, 1), got {self.sparsity!r}")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"expected sparsity in [0, 1), got {self.sparsity}")
         if not isinstance(self.options, Mapping):
             raise TypeError(f"expected options as a mapping from name to value, got {self.options!r}")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
@@ -152,9 +155,12 @@ class AttentionPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "default", _name(self.default))
-        if isinstance(self.rules, Rule) or not all(isinstance(rule, Rule) for rule in self.rules):
+        if isinstance(self.rules, Rule) or not isinstance(self.rules, Iterable):
             raise TypeError(f"expected rules as a list of Rule, got {self.rules!r}")
-        object.__setattr__(self, "rules", tuple(self.rules))
+        rules = tuple(self.rules)
+        if not all(isinstance(rule, Rule) for rule in rules):
+            raise TypeError(f"expected rules as a list of Rule, got {rules!r}")
+        object.__setattr__(self, "rules", rules)
 
     def __str__(self) -> str:
         rows = [("rule", "role", "layers", "steps", "backend")]

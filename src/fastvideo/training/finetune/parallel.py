@@ -69,10 +69,6 @@ class Devices:
         dist.all_reduce(total)
         return total.cpu() / self.size
 
-    def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any process."""
-        return bool(self.mean(torch.tensor([float(flag)])) > 0)
-
 
 @contextlib.contextmanager
 def devices(device: str | None = None, sequence_parallel: int = 1) -> Iterator[Devices]:
@@ -118,9 +114,6 @@ def shard_model(
         on: The devices.
         precision: Of weights in computation.
         compiler: `torch.compile` each block whole with this backend, equal blocks sharing a graph; `None` compiles nothing.
-
-    Raises:
-        ValueError: The heads don't divide by the devices of "ulysses".
     """
     narrow = torch.bfloat16 if precision == "bfloat16" else None
     # Inputs are never cast: timesteps and rotary tables stay wide.
