@@ -208,9 +208,8 @@ class Walked:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.a = arguments
-        self.num_blocks = int(arguments["counts"][1])
         rows = arguments["row_token"]
-        self.token = torch.arange(self.num_blocks * 64) if rows is None else rows
+        self.token = torch.arange(arguments["meta"].shape[1] * 64) if rows is None else rows
 
     def rows_of(self, boxes: str, granules: str, base: int, column: int, g: int, block: int, box_tokens: int):
         """Loaded rows of a walk `[L, D]`, their places, and what the block sees of them `[64, L]`."""
@@ -228,12 +227,19 @@ class Walked:
         assert a[boxes].base is a[granules].base or torch.equal(a[boxes].base, a[granules].base)
         return a[boxes].base[base + place, column : column + head_size].float(), place, torch.cat(seen, 1)
 
-    def heads(self):
-        for i_head in range(self.a["num_heads"]):
+    def places(self):
+        """Head and block of each item of work."""
+        a = self.a
+        if "queues" not in a:
+            return [(i_head, block) for i_head in range(a["num_heads"]) for block in range(int(a["counts"][1]))]
+        num_queues, flat = len(a["ends"]), a["queues"].flatten().tolist()
+        return [divmod(flat[i], a["max_blocks"]) for c, end in enumerate(a["ends"].tolist()) for i in range(c, end, num_queues)]
+
+    def work(self):
+        for i_head, block in self.places():
             i_b, i_h = divmod(self.a["first_head"] + i_head, self.a["HEADS"])
-            for block in range(self.num_blocks):
-                token = self.token[block * 64 : block * 64 + 64].long()
-                yield i_head, i_b, i_h, block, token, token >= 0
+            token = self.token[block * 64 : block * 64 + 64].long()
+            yield i_head, i_b, i_h, block, token, token >= 0
 
     def keys(self, i_head: int, i_b: int, i_h: int, block: int):
         a = self.a
@@ -250,7 +256,7 @@ def own_rows(x: torch.Tensor, i_b: int, i_h: int, token: torch.Tensor) -> torch.
 
 def forward_in_torch(**a: Any) -> None:
     walked = Walked(a)
-    for i_head, i_b, i_h, block, token, real in walked.heads():
+    for i_head, i_b, i_h, block, token, real in walked.work():
         k, v, seen = walked.keys(i_head, i_b, i_h, block)
         scores = (own_rows(a["query"], i_b, i_h, token) @ k.T * a["scale_log2"]).masked_fill(~seen, -torch.inf)
         lse = torch.logsumexp(scores * 0.6931471805599453, -1) if scores.shape[1] else torch.full((64,), -torch.inf)
@@ -263,7 +269,7 @@ def forward_in_torch(**a: Any) -> None:
 
 def dq_in_torch(**a: Any) -> None:
     walked = Walked(a)
-    for i_head, i_b, i_h, block, token, real in walked.heads():
+    for i_head, i_b, i_h, block, token, real in walked.work():
         k, v, seen = walked.keys(i_head, i_b, i_h, block)
         first = (i_head * a["max_blocks"] + block) * 64
         lse, delta = a["stats"][first : first + 64].float().unbind(1)
@@ -274,17 +280,14 @@ def dq_in_torch(**a: Any) -> None:
 
 
 def dkdv_in_torch(**a: Any) -> None:
-    walked = Walked(a)
-    group, num_places = a["GROUP"], a["num_heads"] * walked.num_blocks
-    places = a["order"][:num_places].tolist()
-    lengths = [int(a["lengths"].flatten()[place]) for place in places]
-    assert sorted(places) == [h * a["max_blocks"] + i for h in range(a["num_heads"]) for i in range(walked.num_blocks)]
-    for h in range(a["num_heads"]):
-        of_head = lengths[h * walked.num_blocks : (h + 1) * walked.num_blocks]
-        assert of_head == sorted(of_head, reverse=True)
+    walked, group = Walked(a), a["GROUP"]
+    # A queue that leaves a block out leaves this.
+    for head in {i_head for i_head, _ in walked.places()}:
+        i_b, i_h = divmod(a["first_head"] + head, a["HEADS"])
+        a["dkey"][i_b, :, i_h] = a["dvalue"][i_b, :, i_h] = torch.nan
     stats = a["stats_boxes"].base
     assert (a["stats_boxes"].block_shape, a["stats_granules"].block_shape) == ([128], [32])
-    for i_head, i_b, i_h, block, token, real in walked.heads():
+    for i_head, i_b, i_h, block, token, real in walked.work():
         own = i_b * a["s_krow_b"] + i_head * a["s_krow_h"] + block * 64
         column = i_h * a["s_kcolumn_h"]
         k, v = (a[name].base[own : own + 64, column : column + a["D"]].float() for name in ("key_boxes", "value_boxes"))
@@ -314,6 +317,7 @@ class InTorch:
         def run(**arguments: Any) -> None:
             assert arguments.pop("num_warps") == 4
             assert set(arguments) == set(self.kernel.arg_names)
+            assert "ends" not in arguments or len(arguments["ends"]) == 2 * grid[0]
             self.function(**arguments)
 
         return run

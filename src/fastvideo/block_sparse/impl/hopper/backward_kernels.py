@@ -254,13 +254,13 @@ def _dkdv_producer(
     query_boxes, dout_boxes, stats_boxes, query_granules, dout_granules, stats_granules = source
     owned_boxes, owned_bars, k_s, v_s = owned
     q_s, do_s, stats_s, full, empty = ring
-    order, lengths, rows, meta, counts, num_heads, max_blocks, s_plan, s_rows, first_head, HEADS, max_rows = walks
+    queues, ends, lengths, rows, meta, max_blocks, s_plan, s_rows, first_head, HEADS, max_rows = walks
     s_row_b, s_row_h, s_column_h, s_krow_b, s_krow_h, s_kcolumn_h = places
-    num_items = num_heads * gl.load(counts + 1)
     num_done = 0
     num_owned = 0
-    for i_item in range(gl.program_id(0) * 2 + WG, num_items, gl.num_programs(0) * 2):
-        i_place = gl.load(order + i_item)
+    i_queue = gl.program_id(0) * 2 + WG
+    for i_item in range(i_queue, gl.load(ends + i_queue), gl.num_programs(0) * 2):
+        i_place = gl.load(queues + i_item)
         i_head, i_block = i_place // max_blocks, i_place % max_blocks
         i_b, i_h = (first_head + i_head) // HEADS, (first_head + i_head) % HEADS
         i_own_row = i_b * s_krow_b + i_head * s_krow_h + i_block * 64
@@ -323,7 +323,7 @@ def _columns_of(stats, COLUMNS: gl.constexpr):
 def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr):
     k_s, v_s, owned_full, owned_empty = owned
     q_s, do_s, stats_s, full, empty = ring
-    order, masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS = work
+    queues, ends, masks, meta, row_token, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS = work
     dkey, dvalue, scale, scale_log2 = tensors
     scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     result: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -338,11 +338,11 @@ def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.cons
     o_d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, memory)), 0)
     k = k_s.index(WG)
     v = v_s.index(WG)
-    num_items = num_heads * gl.load(counts + 1)
     num_done = 0
     num_owned = 0
-    for i_item in range(gl.program_id(0) * 2 + WG, num_items, gl.num_programs(0) * 2):
-        i_place = gl.load(order + i_item)
+    i_queue = gl.program_id(0) * 2 + WG
+    for i_item in range(i_queue, gl.load(ends + i_queue), gl.num_programs(0) * 2):
+        i_place = gl.load(queues + i_item)
         i_head, i_block = i_place // max_blocks, i_place % max_blocks
         b_dk = gl.zeros([64, D], gl.float32, result)
         b_dv = gl.zeros([64, D], gl.float32, result)
@@ -393,11 +393,7 @@ def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.cons
         num_owned += 1  # noqa: SIM113 (kernels have no enumerate)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        *("num_heads", "max_blocks", "max_rows", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "NUM_KEYS")
-    ]
-)
+@gluon.jit(do_not_specialize=[*("max_blocks", "max_rows", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "NUM_KEYS")])
 def block_sparse_bwd_dkdv_kernel(
     query_boxes,
     dout_boxes,
@@ -407,16 +403,15 @@ def block_sparse_bwd_dkdv_kernel(
     stats_granules,
     key_boxes,
     value_boxes,
-    order,
+    queues,
+    ends,
     lengths,
     rows,
     masks,
     meta,
-    counts,
     row_token,
     dkey,
     dvalue,
-    num_heads,
     max_blocks,
     max_rows,
     s_plan,
@@ -439,10 +434,10 @@ def block_sparse_bwd_dkdv_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """Gradients of keys and values, `[B, S_k, Hkv, D]`, of `num_heads` key heads from `first_head` on.
+    """Gradients of keys and values, `[B, S_k, Hkv, D]`, of some key heads from `first_head` on.
 
-    `order` lists the places `head * max_blocks + block` in the order of work, `lengths` holds the half steps of each
-    place over the GROUP query heads. `max_rows` are the packed rows of a query head; `s_row_*` lead to queries, `s_krow_*`
+    `queues` and `ends` are those of `fill_queues`, with places `head * max_blocks + block`; `lengths` holds the half steps of
+    each place over the GROUP query heads. `max_rows` are the packed rows of a query head; `s_row_*` lead to queries, `s_krow_*`
     to keys.
     """
     dtype: gl.constexpr = dkey.dtype.element_ty
@@ -464,11 +459,11 @@ def block_sparse_bwd_dkdv_kernel(
     fence_async_shared()
     ring = (q_s, do_s, stats_s, full, empty)
     held = (k_s, v_s, owned_full, owned_empty)
-    work = (order, masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS)
+    work = (queues, ends, masks, meta, row_token, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_KEYS)
     tensors = (dkey, dvalue, scale, scale_log2)
     source = (query_boxes, dout_boxes, stats_boxes, query_granules, dout_granules, stats_granules)
     sent = ((key_boxes, value_boxes), (owned_full, owned_empty), k_s, v_s)
-    walks = (order, lengths, rows, meta, counts, num_heads, max_blocks, s_plan, s_rows, first_head, HEADS, max_rows)
+    walks = (queues, ends, lengths, rows, meta, max_blocks, s_plan, s_rows, first_head, HEADS, max_rows)
     places = (s_row_b, s_row_h, s_column_h, s_krow_b, s_krow_h, s_kcolumn_h)
     gl.warp_specialize(
         [

@@ -17,6 +17,7 @@ from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
 from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_keys_kernel, pack_layout, pack_queries_kernel
 from fastvideo.block_sparse.impl.hopper.plan import Plan, mark, plan_lists, plan_marks
+from fastvideo.block_sparse.impl.hopper.queues import fill_queues
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 
 _LOG2E = math.log2(math.e)
@@ -147,7 +148,6 @@ def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
         "rows": plan.rows,
         "masks": plan.masks,
         "meta": plan.meta,
-        "counts": packed.counts,
         "row_token": packed.row_token,
         "s_rows": plan.rows.stride(0),
         "s_masks": plan.masks.stride(0),
@@ -198,6 +198,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
                 query=query,
                 out=out,
                 lse=lse,
+                counts=own.counts,
                 num_heads=heads,
                 first_head=first_head,
                 HEADS=num_heads,
@@ -327,6 +328,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
         dout=call.dout,
         stats=stats,
         dquery=dq,
+        counts=own.counts,
         num_heads=heads,
         max_blocks=own.max_blocks,
         first_head=first_head,
@@ -348,16 +350,6 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     )
 
 
-def _work_order(plan: Plan, packed: PackedLayout, heads: int, group: int) -> tuple[Tensor, Tensor]:
-    """Half steps of each place (key head, block), and the places by head, those with most work first."""
-    lengths = plan.meta[:, :, 5].expand(heads * group, -1).reshape(heads, group, -1).sum(1)
-    places = torch.arange(heads, device=lengths.device)[:, None] * (1 << 32) - lengths
-    # Blocks that are not there come last, where the kernel does not look.
-    is_real = torch.arange(packed.max_blocks, device=lengths.device) < packed.counts[1]
-    places = places.masked_fill(~is_real, torch.iinfo(torch.int64).max)
-    return lengths.to(torch.int32), places.flatten().argsort().to(torch.int32)
-
-
 def _launch_dkdv(
     call: _Backward, keys: Rows, queries: Rows, stats: Tensor, dk: Tensor, dv: Tensor, first: int, heads: int
 ) -> None:
@@ -368,14 +360,15 @@ def _launch_dkdv(
     num_listed = pattern.indices.shape[2:].numel()
     plan = plan_marks(marks, own, call.queries, num_listed, has_pads=False)
     del marks
-    lengths, order = _work_order(plan, own, heads, group)
+    lengths = plan.meta[:, :, 5].expand(heads * group, -1).reshape(heads, group, -1).sum(1, dtype=torch.int32)
+    programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
+    queues, ends = fill_queues(lengths, own.counts[1], 2 * programs)
     flat = stats.view(-1)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], layout) for rows in (64, 16))
     query_boxes, dout_boxes = queries.maps(64, head_size)
     query_granules, dout_granules = queries.maps(16, head_size)
     key_boxes, value_boxes = keys.maps(64, head_size)
-    programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
     bwd.block_sparse_bwd_dkdv_kernel[(programs,)](
         query_boxes=query_boxes,
         dout_boxes=dout_boxes,
@@ -385,11 +378,11 @@ def _launch_dkdv(
         stats_granules=stats_granules,
         key_boxes=key_boxes,
         value_boxes=value_boxes,
-        order=order,
+        queues=queues,
+        ends=ends,
         lengths=lengths,
         dkey=dk,
         dvalue=dv,
-        num_heads=heads,
         max_blocks=own.max_blocks,
         max_rows=call.queries.max_rows,
         first_head=first,
