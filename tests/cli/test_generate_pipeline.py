@@ -25,7 +25,7 @@ from fastvideo.cli.pipeline import _few_step_scheduler, parse_policy
 from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.testing import meeting_point
 
-from .tiny_pipelines import WEIGHTS, components, sheet
+from .tiny_pipelines import WEIGHTS, components, ltx, sheet
 
 PROMPT = "a fox runs over the snow"
 SIZE = ["--size", "128x32", "--frames", "9"]  # latents of 3 × 4 × 16, a token grid of 3 × 2 × 8 in two tiles
@@ -103,6 +103,15 @@ def test_compare_policies_and_options(folder: Path, tmp_path: Path, capsys) -> N
         assert float(re.search(r"mean ([0-9.]+)", printed)[1]) > 0
     assert generate(folder, tmp_path / "vsa.mp4", "--sparsity", "0.5") == 0
     assert "VIDEO_SPARSE_ATTN (sparsity=0.5)" in capsys.readouterr().out
+
+
+def test_another_familys_pipeline(tmp_path: Path, capsys) -> None:
+    ltx().save_pretrained(tmp_path / "ltx")
+    assert generate(tmp_path / "ltx", tmp_path / "same.mp4", "--compare") == 0
+    assert float(re.search(r"mean ([0-9.]+)", capsys.readouterr().out)[1]) == 0
+    size = ["--size", "128x64", "--sparsity", "0.5"]
+    assert generate(tmp_path / "ltx", tmp_path / "sparse.mp4", "--compare", *size) == 0
+    assert float(re.search(r"mean ([0-9.]+)", capsys.readouterr().out)[1]) > 0
 
 
 def test_gates_are_kept(folder: Path, gated: Path, tmp_path: Path, capsys) -> None:

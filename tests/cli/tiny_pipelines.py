@@ -49,6 +49,28 @@ def components(**changes: Any) -> dict[str, Any]:
     return {**parts, **changes}
 
 
+def ltx() -> Any:
+    """Return a text-to-video pipeline of another family."""
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    shared = components()
+    torch.manual_seed(0)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1), patch_size=1,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+    )  # fmt: skip
+    encoder = T5EncoderModel(T5Config(d_model=12, d_kv=4, num_heads=2, d_ff=16, num_layers=1, vocab_size=12)).eval()
+    model = LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=2,
+        caption_channels=12,
+    )  # fmt: skip
+    return LTXPipeline(
+        tokenizer=shared["tokenizer"], text_encoder=encoder, vae=vae, scheduler=shared["scheduler"], transformer=model
+    )
+
+
 def image_encoder() -> dict[str, Any]:
     """Return an image encoder of 9 tokens of 20 channels, and its processor."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel

@@ -45,8 +45,8 @@ class Rule:
 
     Raises:
         TypeError: A type is wrong.
-        ValueError: A role is unknown, a set of layers or steps is empty, the sparsity is out of range, or options come without a
-            backend that takes any.
+        ValueError: A role is unknown, a set of layers or steps is empty, the sparsity is out of range, or options come without
+            a backend that takes any.
         UnknownBackend: No backend has that name.
 
     Example:
