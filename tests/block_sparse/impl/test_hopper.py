@@ -103,7 +103,7 @@ def test_queues_are_even_and_go_head_by_head() -> None:
     )
     found = queues_of(lengths, num_blocks, num_queues)
     work = [float(lengths.flatten()[queue].sum()) for queue in found]
-    assert max(work) < 1.04 * sum(work) / num_queues
+    assert max(work) < 1.03 * sum(work) / num_queues
     # Dealt one after the other they are far apart.
     dealt = torch.zeros(-(-lengths.numel() // num_queues) * num_queues)
     dealt[: lengths.numel()] = lengths.sort(1, descending=True).values.flatten()

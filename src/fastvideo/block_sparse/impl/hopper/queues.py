@@ -36,12 +36,12 @@ def fill_queues(lengths: Tensor, num_blocks: Tensor, num_queues: int) -> tuple[T
     is_real = (torch.arange(max_blocks, device=device) < num_blocks).expand(num_heads, -1)
     work = torch.where(is_real, lengths.long() + _BLOCK_COST, 0)
     is_long = work * (num_heads * num_blocks) > 2 * work.sum()
-    # Long ones, others, those that are not there; within these by head, and within a head those with most work first.
-    rank = (
-        torch.where(is_real, torch.where(is_long, 0, num_heads), 2 * num_heads)
-        + torch.arange(num_heads, device=device)[:, None]
-    )
-    places = ((rank << 32) - work).flatten().argsort()
+    # Long ones, others, those that are not there; within these by head, and within a head by length: downwards, but upwards
+    # in every other head, or the first queue of a row would always get the most. The last head goes downwards.
+    i_head = torch.arange(num_heads, device=device)[:, None]
+    rank = i_head + torch.where(is_real, torch.where(is_long, 0, num_heads), 2 * num_heads)
+    goes_up = (num_heads - 1 - i_head) % 2 == 1
+    places = ((rank << 32) + torch.where(goes_up & ~is_long, work, -work)).flatten().argsort()
     num_long, num_short = is_long.sum(), num_heads * num_blocks - is_long.sum()
 
     # The long ones row by row.
