@@ -33,7 +33,7 @@ class Case:
 
 
 VALUES: dict[str, tuple] = {
-    "layout": ("ulysses", "ring", "gather", "auto", "mesh ring", "mesh gather"),
+    "layout": ("ulysses", "ring", "gather", "auto", "mesh ring", "mesh gather", "mesh ulysses"),
     "heads": ((1, 1), (3, 1), (3, 3), (8, 1), (8, 2), (8, 4), (8, 8), (12, 1), (12, 2), (12, 4), (12, 12)),
     "lengths": ("equal", "one token", "prime", "uneven", "empty shard", "all on one"),
     "mask": ("", "key padding", "lengths", "bool", "bool heads", "additive", "additive heads"),
@@ -55,7 +55,7 @@ def is_legal(values: dict) -> bool:
         return False
     if values["keys"] == "replicated" and not values["replicated"]:
         return False
-    if values["groups"] and values["layout"] not in ("ulysses", "mesh ring", "mesh gather"):
+    if values["groups"] and values["layout"] not in ("ulysses", "mesh ring", "mesh gather", "mesh ulysses"):
         return False
     return values["grad"] == "reduced" or bool(values["replicated"])
 

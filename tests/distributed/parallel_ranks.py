@@ -160,11 +160,7 @@ class Problem:
             HEAD_SIZE,
             num_kv_heads=case.heads[1],
             causal=case.causal,
-            layout=case.layout
-            if " " not in case.layout
-            else "gather"
-            if "gather" in case.layout and group.ring.size > 1
-            else "auto",
+            layout=self.layout_on(group),
             joint_strategy="front" if "front" in case.replicated else "rear",
             replicated_grad=case.grad,
             head_groups=case.groups,
@@ -179,6 +175,13 @@ class Problem:
             out = torch.cat([out, text], dim=1)
         loss.backward()
         return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    def layout_on(self, group: SequenceGroup) -> str:
+        """Return the layout to ask for; a mesh without a ring has nobody to gather from."""
+        on_mesh, _, wish = self.case.layout.rpartition(" ")
+        if not on_mesh or wish == "ulysses":
+            return wish
+        return "gather" if wish == "gather" and group.ring.size > 1 else "auto"
 
     def check(self, group: SequenceGroup) -> None:
         found = self.on_ranks(group)

@@ -174,6 +174,8 @@ CALL = {"heads": 40, "kv_heads": 40, "seq": 75600, "head_size": 128}
         ("auto", group(4, ring=4), {}, ["ring", "gather"]),
         ("auto", group(4, ring=1), {}, ["ulysses"]),
         ("auto", group(4), {"heads": 1, "kv_heads": 1, "needs_whole_sequence": True}, ["ulysses"]),
+        ("auto", group(4, ring=2), {"needs_whole_sequence": True}, ["ulysses"]),
+        ("ulysses", group(4, ring=2), {}, ["ulysses"]),
         ("gather", group(4, ring=2), {}, ["ulysses+gather"]),
         ("ring", group(4), {}, ["ring"]),
         ("ulysses", group(4, ring=1), {}, ["ulysses"]),
@@ -186,13 +188,20 @@ def test_the_layout_that_a_wish_means(wish, where, call, names) -> None:
 
 def test_auto_ranks_every_layout_of_the_ranks() -> None:
     assert sorted(ranked_layouts("auto", group(4), **CALL)) == ["gather", "ring", "ulysses"]
-    assert sorted(ranked_layouts("auto", group(4, ring=2), **CALL)) == ["gather", "ring"]
+    assert sorted(ranked_layouts("auto", group(4, ring=2), **CALL)) == ["gather", "ring", "ulysses"]
 
 
-@pytest.mark.parametrize(("wish", "ring", "text"), [("ulysses", 2, "leave the ring unused"), ("gather", 1, "nobody to share")])
-def test_a_wish_that_contradicts_the_mesh(wish, ring, text) -> None:
-    with pytest.raises(ValueError, match=text):
-        resolve_layout(wish, group(4, ring=ring))
+@pytest.mark.parametrize("wish", ["ring", "gather"])
+def test_a_wish_that_contradicts_the_mesh(wish) -> None:
+    with pytest.raises(ValueError, match="nobody to share"):
+        resolve_layout(wish, group(4, ring=1))
+
+
+def test_ulysses_uses_every_dim_of_a_mesh() -> None:
+    both = resolve_layout("ulysses", group(4, ring=2))
+    assert (both.ring.size, both.ulysses.size, both.swaps_all) == (2, 2, True)
+    flat = resolve_layout("ulysses", group(4, ring=4))
+    assert (flat.ring.size, flat.ulysses.size, flat.swaps_all) == (1, 4, False)
 
 
 def test_lengths() -> None:

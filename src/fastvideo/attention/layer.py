@@ -217,7 +217,8 @@ class DistributedAttention(_AttentionLayer):
     Layouts: `"ulysses"` swaps tokens of all heads for all tokens of some heads, attends, and swaps back. `"ring"` leaves
     queries where they are, fetches keys from one device after another and merges; `"gather"` fetches them all at once. On a
     mesh with dims `"ring"` and `"ulysses"` both happen along their dims, and `layout` says how keys are shared along the
-    former. `"auto"` takes what `fastvideo.distributed.plan` expects to be fastest. A sparse backend needs `"ulysses"`.
+    former, or, as `"ulysses"`, that heads are swapped along both. `"auto"` takes what `fastvideo.distributed.plan` expects to
+    be fastest. A sparse backend needs `"ulysses"`, which `"auto"` takes for it.
 
     Gradients: the global loss is the sum over devices of their local losses, and a loss on the replicated output is counted
     once (on one device, or a share on each). Then every gradient equals one device's: that of a shard directly, that of a

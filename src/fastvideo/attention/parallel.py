@@ -231,6 +231,8 @@ def _attend_over_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tupl
         # The other ranks exchange gradients too, so all inputs stay in the graph.
         rest = None if call.replicated is None or call.replicated[0] is None else _tied(call.replicated[0], call)
         return _tied(call.query, call), rest
+    if layout.swaps_all:
+        return _swap_heads(call, Layout(layout.name, LOCAL, layout.ring, False), chosen)
     return _share_keys(call, layout, chosen) if layout.ring.size > 1 else _attend_here(call, chosen)
 
 

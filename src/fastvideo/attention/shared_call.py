@@ -165,7 +165,7 @@ def lengths_at_backend(call: SharedCall, layout: Layout) -> tuple[tuple[int, int
         return (max(call.lengths) + call.num_rows, call.num_more), False
     # Under causal attention replicated keys have queries, or nothing sees them.
     more = call.num_more if call.in_front or call.num_rows else 0
-    if layout.ring.size == 1:
+    if layout.ring.size == 1 or layout.swaps_all:
         num_rows, num_more = (more, more) if call.is_causal else (call.num_rows, call.num_more)
         return (sum(lengths) + num_rows, sum(kv_lengths) + num_more), False
     if call.is_causal:
@@ -180,11 +180,16 @@ def heads_at_backend(call: SharedCall, layout: Layout) -> tuple[int, int]:
     num_heads, num_kv_heads = call.query.shape[2], call.key.shape[2]
     if sum(call.kv_lengths) == 0:
         return num_heads, num_kv_heads
-    shares = share_heads(num_heads, num_kv_heads, layout.ulysses.size, 0, call.head_groups)
-    start, stop = shares.query[layout.ulysses.rank]
-    rank = layout.ulysses.rank if stop > start else 0
-    start, stop = shares.query[rank]
-    return stop - start, len(shares.key_index(rank, num_heads, num_kv_heads))
+    stages = (
+        [(layout.ulysses, call.head_groups), (layout.ring, 1)] if layout.swaps_all else [(layout.ulysses, call.head_groups)]
+    )
+    for group, num_groups in stages:
+        shares = share_heads(num_heads, num_kv_heads, group.size, 0, num_groups)
+        start, stop = shares.query[group.rank]
+        rank = group.rank if stop > start else 0
+        start, stop = shares.query[rank]
+        num_heads, num_kv_heads = stop - start, len(shares.key_index(rank, num_heads, num_kv_heads))
+    return num_heads, num_kv_heads
 
 
 def as_planned(call: SharedCall, head_groups: int | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How a sequence is shared: which ranks swap heads for tokens (Ulysses), and which share keys (ring, or K/V gather).
 
 On a mesh with dims `("ring", "ulysses")` both happen at once: Ulysses along the inner dim, and ring or gather along the outer.
+Or Ulysses along one dim after the other, which is what sparse attention needs, whose tiles are chosen from the whole sequence.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class Layout(NamedTuple):
         ring: The ranks that share keys.
         ulysses: The ranks that swap heads for tokens.
         gathers: Keys are gathered at once instead of fetched in turn.
+        swaps_all: The ranks of `ring` don't share keys: they swap heads for tokens too, after those of `ulysses`.
     """
 
     name: str
     ring: SequenceGroup
     ulysses: SequenceGroup
     gathers: bool
+    swaps_all: bool = False
 
 
 def ranked_layouts(wish: str, group: SequenceGroup, *, needs_whole_sequence: bool = False, **call: Any) -> tuple[str, ...]:
@@ -51,9 +54,10 @@ def ranked_layouts(wish: str, group: SequenceGroup, *, needs_whole_sequence: boo
         return (wish,)
     if group.ring is None or group.ulysses is None:
         return ("ulysses",) if needs_whole_sequence else _ranked(group.size, None, **call)
-    if group.ring.size == 1:
+    if group.ring.size == 1 or needs_whole_sequence:
         return ("ulysses",)
-    return _ranked(group.size, (group.ring.size, group.ulysses.size), **call)
+    # The plan knows no Ulysses along both dims; it is left for backends that need the whole sequence.
+    return (*_ranked(group.size, (group.ring.size, group.ulysses.size), **call), "ulysses")
 
 
 @constant_while_tracing
@@ -90,10 +94,7 @@ def resolve_layout(wish: str, group: SequenceGroup) -> Layout:
     else:
         ring, ulysses = group.ring, group.ulysses
         if wish == "ulysses" and ring.size > 1:
-            raise ValueError(
-                f"layout='ulysses' on a mesh of ring={ring.size} × ulysses={ulysses.size} would leave the ring unused; use "
-                f"layout='auto', 'ring' or 'gather', or a mesh of ring=1 × ulysses={group.size}"
-            )
+            return Layout("ulysses", LOCAL, ring, False) if ulysses.size == 1 else Layout("ulysses", ring, ulysses, False, True)
         if wish in ("ring", "gather") and ring.size == 1:
             raise ValueError(
                 f"layout={wish!r} on a mesh of ring=1 × ulysses={ulysses.size} has nobody to share keys with; use "

@@ -270,7 +270,10 @@ def _reasons(
     if call.causal and call.seq != call.key_len:
         yield f"causal attention needs as many queries as keys, got {call.seq} and {call.key_len}"
     if call.is_sparse and ring > 1:
-        yield f"sparse attention selects tiles of the whole sequence; use ulysses, a mesh of ring=1 × ulysses={world_size}"
+        yield (
+            f"sparse attention selects tiles of the whole sequence; use ulysses, a mesh of ring=1 × ulysses={world_size}, or "
+            "layout='ulysses', which swaps heads along both dims of a mesh"
+        )
     if kv_bytes > device.memory:
         yield f"keys and values take {_bytes(kv_bytes)} at once, and the device has {_bytes(device.memory)}"
 
