@@ -183,7 +183,8 @@ def check(case: Named, mesh, device: str) -> None:
     tolerance = {} if case.dtype == torch.float64 else {"rtol": 0.05, "atol": 0.06}
     for name, x in found.items():
         whole = name.startswith("replicated")
-        assert x.abs().max() > 0 or case.scale == 0
+        assert not x.isnan().any(), f"{name}: NaN in {int(x.isnan().sum())} of {x.numel()} places"
+        assert x.any() or case.scale == 0, f"{name}: all zero"
         torch.testing.assert_close(
             x,
             expected[name] if whole else part(expected[name], 1, lengths, rank),
