@@ -26,8 +26,8 @@ SPILL_BUDGET_LATER = {"fwd": 160, "bwd_dq": 320, "bwd_dkdv": 288}
 LOOP_SPILLS, LOOP_SPILLS_LATER = 0, 8
 # Shared memory that one program of sm_90 can have.
 SHARED_LIMIT = 232_448
-INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "order", "lengths")
-NUMBERS = ("num_pieces", "first_head", "max_blocks")
+INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "queues", "ends", "lengths")
+NUMBERS = ("first_head", "max_blocks")
 LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue")
 
 
@@ -193,6 +193,8 @@ FEEDING = {
     "plan_direct_kernel": ("plan_kernels", {"OWN_PIECES": 1, "PIECES": 1, "BLOCK": 256}, 2),
     "mark_kernel": ("plan_kernels", {"BLOCK": 128}, 2),
     "plan_marks_kernel": ("plan_kernels", {**PLANNED, "IS_ONE_CHUNK": True}, 16),
+    "rank_places_kernel": ("queues", {"GROUP": 1, "CHUNK": 1024}, 8),
+    "fill_queues_kernel": ("queues", {"WIDTH": 512}, 8),
     "plan_marks_kernel in chunks": ("plan_kernels", {**PLANNED, "IS_ONE_CHUNK": False}, 16),
 }
 
@@ -213,8 +215,10 @@ def test_feeding_kernels_compile_without_spills(case: str, tmp_path: Path) -> No
             signature[argument] = "*fp32"
         elif argument == "marks":
             signature[argument] = "*u8"
+        elif argument in ("keys", "places", "totals"):
+            signature[argument] = "*i64"
         else:
-            is_number = argument.isupper() or argument.startswith("s_") or argument in NUMBERS
+            is_number = argument.isupper() or argument.startswith(("s_", "num_")) or argument in NUMBERS
             signature[argument] = "i32" if is_number else "*i32"
     aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}

@@ -360,9 +360,8 @@ def _launch_dkdv(
     num_listed = pattern.indices.shape[2:].numel()
     plan = plan_marks(marks, own, call.queries, num_listed, has_pads=False)
     del marks
-    lengths = plan.meta[:, :, 5].expand(heads * group, -1).reshape(heads, group, -1).sum(1, dtype=torch.int32)
     programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
-    queues, ends = fill_queues(lengths, own.counts[1], 2 * programs)
+    lengths, queues, ends = fill_queues(plan, own, heads, group, 2 * programs)
     flat = stats.view(-1)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], layout) for rows in (64, 16))

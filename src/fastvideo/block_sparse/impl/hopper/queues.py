@@ -1,67 +1,125 @@
-"""Which blocks each consumer of the dkey and dvalue kernel works on, in which order; in torch, without waiting for the device.
+"""Which blocks each consumer of the dkey and dvalue kernel works on, in which order; nothing waits for the device.
 
 Walks differ in length: key tiles that many queries list, and small ones that share a block on the union of their lists, have
 walks ten times as long as others. Those are dealt out first. The others follow head by head, so that all consumers read the
 queries of one head at a time, and each consumer takes as many as make up for the long ones that it has or hasn't got.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (the types of kernel arguments are Triton's, not Python's)
+
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from fastvideo.block_sparse.impl.hopper.packing import PackedLayout
+from fastvideo.block_sparse.impl.hopper.plan import Plan
+
 # What a block takes besides its walk, in half steps.
-_BLOCK_COST = 4
+_BLOCK_COST = tl.constexpr(4)
 
 
-def fill_queues(lengths: Tensor, num_blocks: Tensor, num_queues: int) -> tuple[Tensor, Tensor]:
-    """Distribute blocks over consumers.
-
-    Args:
-        lengths: `[heads, M]` integers, half steps of each place `head * M + block`.
-        num_blocks: int32 scalar, blocks of a head that are there.
-        num_queues: Consumers.
+def fill_queues(plan: Plan, own: PackedLayout, heads: int, group: int, num_queues: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Distribute the blocks of `heads` key heads, each with `group` query heads, over `num_queues` consumers.
 
     Returns:
-        `[rows, num_queues]` int32, a place a row for each consumer, and `[num_queues]` int32: `consumer + num_queues * number
-        of its places`, the end of a loop over the flat queues. What lies behind it means nothing.
-
-    Example:
-        >>> queues, ends = fill_queues(torch.tensor([[30, 2, 1, 9, 2, 3]]), torch.tensor(6), 2)
-        >>> [queues[: end // 2, i].tolist() for i, end in enumerate(ends.tolist())]
-        [[3, 5, 1, 4, 2], [0]]
+        `[heads, M]` int32, half steps of each place `head * M + block`; `[rows, num_queues]` int32, a place a row for each
+        consumer, where what lies behind its last place means nothing; `[num_queues]` int32, `consumer + num_queues * number
+        of its places`, the end of a loop over the flat queues.
     """
-    num_heads, max_blocks = lengths.shape
-    device, num_places = lengths.device, lengths.numel()
-    is_real = (torch.arange(max_blocks, device=device) < num_blocks).expand(num_heads, -1)
-    work = torch.where(is_real, lengths.long() + _BLOCK_COST, 0)
-    is_long = work * (num_heads * num_blocks) > 2 * work.sum()
-    # Long ones, others, those that are not there; within these by head, and within a head by length: downwards, but upwards
-    # in every other head, or the first queue of a row would always get the most. The last head goes downwards.
-    i_head = torch.arange(num_heads, device=device)[:, None]
-    rank = i_head + torch.where(is_real, torch.where(is_long, 0, num_heads), 2 * num_heads)
-    goes_up = (num_heads - 1 - i_head) % 2 == 1
-    places = ((rank << 32) + torch.where(goes_up & ~is_long, work, -work)).flatten().argsort()
-    num_long, num_short = is_long.sum(), num_heads * num_blocks - is_long.sum()
-
-    # The long ones row by row.
+    num_places, device = heads * own.max_blocks, plan.meta.device
     rows = -(-num_places // num_queues)
-    i_long = torch.arange(rows * num_queues, device=device).view(rows, num_queues)
-    long_places = places[i_long.clamp(max=num_places - 1)]
-    load = torch.where(i_long < num_long, work.flatten()[long_places], 0).sum(0)
-    # How many rows of the others a queue lets pass for them; the fraction says which queue comes first in a row.
-    passed = (load * num_short / (work.sum() - load.sum()).clamp(min=1)).clamp(max=2 * rows)
-    by_fraction = passed.frac().argsort()
-    passed, long_places = passed[by_fraction].long(), long_places[:, by_fraction]
-    num_own = (i_long < num_long).sum(0)[by_fraction]
+    lengths = torch.empty(heads, own.max_blocks, dtype=torch.int32, device=device)
+    keys = torch.empty(num_places, dtype=torch.int64, device=device)
+    totals = torch.empty(3, dtype=torch.int64, device=device)
+    s_plan = 0 if plan.meta.shape[0] == 1 else own.max_blocks
+    rank_places_kernel[(1,)](
+        plan.meta, own.counts, lengths, keys, totals, heads, own.max_blocks, s_plan, GROUP=group, CHUNK=1024, num_warps=8
+    )
+    # A queue lets at most two thirds of the rows pass, and takes all others at most.
+    queues = torch.empty(3 * rows, num_queues, dtype=torch.int32, device=device)
+    ends = torch.empty(num_queues, dtype=torch.int32, device=device)
+    width = max(32, triton.next_power_of_2(num_queues))
+    fill_queues_kernel[(1,)](keys.argsort(), lengths, totals, queues, ends, num_queues, rows, WIDTH=width, num_warps=8)
+    return lengths, queues, ends
 
-    # Of the others each queue takes one a row.
-    i_row = torch.arange(3 * rows, device=device)[:, None]
-    takes = i_row >= passed
-    i_short = takes.flatten().cumsum(0).view_as(takes) - 1
-    takes &= i_short < num_short
-    short_places = places[(num_long + i_short).clamp(0, num_places - 1)]
-    i_taken = (i_row - num_own + passed).clamp(0, 3 * rows - 1)
-    queues = torch.where(i_row < num_own, long_places.repeat(3, 1), short_places.gather(0, i_taken))
-    ends = torch.arange(num_queues, device=device) + num_queues * (num_own + takes.sum(0))
-    return queues.int(), ends.int()
+
+@triton.jit(do_not_specialize=["num_heads", "max_blocks", "s_plan"])
+def rank_places_kernel(
+    meta, own_counts, lengths, keys, totals, num_heads, max_blocks, s_plan, GROUP: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Half steps of places, and keys that sort them; totals are the number of long ones, that of others, and all work.
+
+    Long ones come first, then others, then those that are not there; within these by head, and within a head by length:
+    downwards, but for others upwards in every other head, or the first queue of a row would always get the most.
+    """
+    num_blocks = tl.load(own_counts + 1)
+    num_places = num_heads * max_blocks
+    total = tl.zeros([], tl.int64)
+    for i_first in range(0, num_places, CHUNK):
+        i_place = i_first + tl.arange(0, CHUNK)
+        i_head, i_block = i_place // max_blocks, i_place % max_blocks
+        m_real = (i_place < num_places) & (i_block < num_blocks)
+        length = tl.zeros([CHUNK], tl.int32)
+        for i_group in range(GROUP):
+            length += tl.load(meta + ((i_head * GROUP + i_group) * s_plan + i_block) * 6 + 5, mask=m_real, other=0)
+        tl.store(lengths + i_place, length, mask=i_place < num_places)
+        total += tl.sum(tl.where(m_real, length + _BLOCK_COST, 0).to(tl.int64), 0)
+    tl.debug_barrier()
+    num_real = (num_heads * num_blocks).to(tl.int64)
+    num_long = tl.zeros([], tl.int64)
+    for i_first in range(0, num_places, CHUNK):
+        i_place = i_first + tl.arange(0, CHUNK)
+        i_head, i_block = i_place // max_blocks, i_place % max_blocks
+        m_real = (i_place < num_places) & (i_block < num_blocks)
+        work = tl.load(lengths + i_place, mask=m_real, other=0).to(tl.int64) + _BLOCK_COST
+        m_long = m_real & (work * num_real > 2 * total)
+        rank = i_head + tl.where(m_real, tl.where(m_long, 0, num_heads), 2 * num_heads)
+        goes_up = ((num_heads - 1 - i_head) % 2 == 1) & ~m_long
+        tl.store(keys + i_place, (rank.to(tl.int64) << 32) + tl.where(goes_up, work, -work), mask=i_place < num_places)
+        num_long += tl.sum(m_long.to(tl.int64), 0)
+    tl.store(totals, num_long)
+    tl.store(totals + 1, num_real - num_long)
+    tl.store(totals + 2, total)
+
+
+@triton.jit(do_not_specialize=["num_queues", "num_rows"])
+def fill_queues_kernel(places, lengths, totals, queues, ends, num_queues, num_rows, WIDTH: tl.constexpr):
+    """Deal long places row by row; of the others each queue takes one a row once it has let its long ones pass."""
+    num_long, num_short = tl.load(totals).to(tl.int32), tl.load(totals + 1).to(tl.int32)
+    o_queue = tl.arange(0, WIDTH)
+    m_queue = o_queue < num_queues
+    load = tl.zeros([WIDTH], tl.int64)
+    for i_first in range(0, num_long, num_queues):
+        m_long = m_queue & (i_first + o_queue < num_long)
+        i_place = tl.load(places + i_first + o_queue, mask=m_long, other=0)
+        load += tl.where(m_long, tl.load(lengths + i_place, mask=m_long, other=0) + _BLOCK_COST, 0)
+    # How many of the others take as long as the long ones of a queue, in 1/1024; the fraction says who comes first in a row.
+    rest = tl.maximum(tl.load(totals + 2) - tl.sum(load, 0), 1)
+    passed = tl.minimum(load * num_short * 1024 // rest, num_rows * 2048)
+    order = ((passed % 1024) << 48) | ((passed // 1024) << 16) | o_queue
+    order = tl.sort(tl.where(m_queue, order, 1 << 62))
+    o_dealt = (order & 65535).to(tl.int32)
+    num_passed = ((order >> 16) & 0x7FFFFFFF).to(tl.int32)
+
+    num_own = tl.zeros([WIDTH], tl.int32)
+    for i_first in range(0, num_long, num_queues):
+        m_long = m_queue & (i_first + o_dealt < num_long)
+        i_place = tl.load(places + i_first + o_dealt, mask=m_long, other=0)
+        tl.store(queues + i_first + o_queue, i_place.to(tl.int32), mask=m_long)
+        num_own += m_long.to(tl.int32)
+    num_given = 0
+    i_row = 0
+    while num_given < num_short:
+        m_takes = m_queue & (i_row >= num_passed)
+        i_short = num_given + tl.cumsum(m_takes.to(tl.int32), 0) - 1
+        m_takes = m_takes & (i_short < num_short)
+        i_place = tl.load(places + num_long + i_short, mask=m_takes, other=0)
+        tl.store(queues + num_own * num_queues + o_queue, i_place.to(tl.int32), mask=m_takes)
+        num_own += m_takes.to(tl.int32)
+        num_given += tl.sum(m_takes.to(tl.int32), 0)
+        i_row += 1
+    tl.store(ends + o_queue, o_queue + num_own * num_queues, mask=m_queue)
