@@ -176,6 +176,18 @@ def test_plans_in_chunks(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(one, other)
 
 
+def test_uneven_walks_by_key() -> None:
+    """Every query lists the first tiles, few the others, so that some walks of the backward are fifty times as long."""
+    pattern, inputs = make_pattern("many"), make_inputs("many", torch.bfloat16)
+    mask = torch.rand(1, 3, 150, 150, generator=torch.Generator().manual_seed(5)) < 0.02
+    mask[..., :20] = True
+    pattern = BlockPattern.from_mask(mask.cuda(), pattern.query_tiles, pattern.key_tiles)
+    check(inputs, pattern)
+    first = gradients(inputs, pattern)
+    for one, other in zip(gradients(inputs, pattern), first, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_walking_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = "many"
     layout = make_pattern(shape).query_tiles
