@@ -43,4 +43,5 @@ class PartialMerger:
 
     def output(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the merged output in query's dtype, `[B, S, H, D]`, and its log-sum-exp, `[B, S, H]`."""
-        return self._out.to(self._dtype), self._lse
+        # Dynamo of torch 2.11 gives a result that `to` returns as it is no gradient.
+        return self._out if self._out.dtype == self._dtype else self._out.to(self._dtype), self._lse
