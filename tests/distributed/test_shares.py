@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
 from fastvideo.distributed.collectives import Route, consecutive, gather_route, pack, unpack
 from fastvideo.distributed.layouts import ranked_layouts, resolve_layout
@@ -236,3 +237,15 @@ def test_float8_keeps_each_value_to_a_sixteenth(dtype) -> None:
     smallest = x.abs().amax(-1, keepdim=True) / 448 * 2**-9
     assert ((found - x).abs() <= x.abs() / 15 + smallest).all()
     assert (found[0, 0, 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted", "expected"),
+    [("ulysses", None, 1), ("ulysses", 4, 4), ("ulysses", 3, 2), ("gather", None, 1), ("gather", 5, 4), ("ring", 4, 1)],
+)
+def test_heads_travel_at_once_unless_groups_are_asked_for(layout: str, wanted: int | None, expected: int) -> None:
+    shard = torch.empty(1, 1 << 15, 8, 128, device="meta")
+    lengths = (1 << 15,) * 2
+    call = SharedCall(shard, shard, shard, None, None, None, lengths, lengths, False, 1.0, reduces=True)
+    group = SequenceGroup("", (0, 1), 0)
+    assert num_head_groups(call, resolve_layout(layout, group), wanted) == expected, "a number that divides each rank's heads"

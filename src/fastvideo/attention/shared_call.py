@@ -206,7 +206,7 @@ def as_planned(call: SharedCall, head_groups: int | None) -> dict[str, Any]:
         "replicated": call.num_more,
         "causal": call.is_causal,
         "has_gate": call.gate is not None,
-        "head_groups": head_groups or (1 if call.query.device.type == "cpu" else 4),
+        "head_groups": head_groups,
         "needs_grad": call.needs_grad,
     }
 
@@ -245,13 +245,10 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
 def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None) -> int:
     """Return into how many groups heads are cut on their way: at most `wanted`, and a number that divides them.
 
-    `None` wants up to 5 on accelerators, with messages above 1 MiB: below, an exchange takes as long as its latency.
+    `None` wants one: over NVLink more groups cost more than they hide (each its launches, and NCCL's kernels take
+    multiprocessors from attention).
     """
-    if sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
+    if wanted is None or sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
         return 1
-    if wanted is None:
-        _, _, num_heads, head_size = call.query.shape
-        size = max(call.lengths) * num_heads * head_size * call.query.element_size()
-        wanted = 1 if call.query.device.type == "cpu" else min(5, max(1, size >> 20))
     fitting = [groups for groups in range(2, wanted + 1) if call.key.shape[2] % (groups * layout.ulysses.size) == 0]
     return max(fitting, default=1)

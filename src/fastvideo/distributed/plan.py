@@ -154,7 +154,7 @@ def plan(
     causal: bool = False,
     sparsity: float | None = None,
     has_gate: bool = False,
-    head_groups: int = 4,
+    head_groups: int | None = None,
     needs_grad: bool = False,
     mesh: tuple[int, int] | None = None,
     device: DeviceModel = H200,
@@ -175,8 +175,8 @@ def plan(
         causal: Each query sees only keys up to its own position.
         sparsity: Share of key tiles that a query tile skips, in [0, 1), for sparse attention; `None` means dense.
         has_gate: A gate of sparse attention travels with the query.
-        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; layers take up to 4 on
-            accelerators, and 1 on a CPU.
+        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; `None` is one, as in
+            layers.
         needs_grad: A backward pass follows and counts.
         mesh: Sizes of the mesh's dims ring and ulysses where the caller has one; others are then refused.
         device: How fast a device is.
@@ -189,12 +189,13 @@ def plan(
     Example:
         >>> found = plan(heads=40, kv_heads=None, seq=75600, world_size=8)
         >>> found.best.name, round(found.efficiency(found.best), 2)
-        ('ulysses+ring', 0.95)
+        ('ulysses', 0.95)
         >>> plan(40, None, 75600, 8, sparsity=0.9).best.name
         'ulysses'
     """
     kv_heads = heads if kv_heads is None else kv_heads
     key_len = seq if cross_seq is None else cross_seq
+    head_groups = 1 if head_groups is None else head_groups
     _check_sizes(
         heads=heads, kv_heads=kv_heads, seq=seq, world_size=world_size, head_size=head_size, batch=batch, cross_seq=key_len,
         head_groups=head_groups, replicated=replicated,

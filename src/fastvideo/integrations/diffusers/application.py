@@ -43,7 +43,8 @@ class ParallelPlan:
         mesh: A mesh of one dim, one with dims `"ring"` and `"ulysses"` or one of them, or a process group.
         layout: `"auto"`, `"ulysses"`, `"ring"` or `"gather"`, as of `DistributedAttention`; `fastvideo.distributed.plan`
             says what each costs.
-        head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed.
+        head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed;
+            `None` is one.
         exchange_dtype: `torch.float8_e4m3fn` sends in 8 bits, at inference; `None` sends tensors as they are.
         shards: Where a model's tokens are cut and joined, instead of what its family says.
     """
