@@ -2,12 +2,12 @@
 # Test on a CUDA device, then measure: everything that docs/kernels.md and the README show of GPUs.
 #
 #   scripts/measure_gpu.sh [FOLDER]            all of it, results in FOLDER (benchmarks/results)
-#   PARTS="test layers" scripts/measure_gpu.sh    only some parts: test, layers, fine, sweep, million
+#   PARTS="test layers" scripts/measure_gpu.sh    only some parts: test, layers, stages, fine, sweep, million
 #
 # Each shape is a process of its own with a time limit, so that one failure costs nothing but its own rows.
 set -u
 folder=${1:-benchmarks/results}
-parts=${PARTS:-test layers fine sweep million}
+parts=${PARTS:-test layers stages fine sweep million}
 python=${PYTHON:-python}
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$folder"
@@ -40,6 +40,9 @@ for part in $parts; do
             bench hunyuan-720p 200 hunyuan-720p --impls hopper triton --rounds 2
             bench sliding-and-8-bit 90 wan2.1-1.3b-480p --backends TORCH_SDPA SAGE_ATTN SLIDING_TILE_ATTN --passes forward
             ;;
+        stages)
+            timeout -s KILL 90 "$python" benchmarks/vsa_stages.py wan2.1-1.3b-480p wan2.1-14b-720p --json "$folder/stages.json" || status=1
+            ;;
         fine)
             bench fine-49k-tile64 150 fine-49k-tile64 --backends VIDEO_SPARSE_ATTN --impls hopper triton cudnn flex --inputs random video-like
             bench fine-92k-tile64 150 fine-92k-tile64 --backends VIDEO_SPARSE_ATTN --impls hopper triton cudnn --inputs random video-like --rounds 2
@@ -54,7 +57,7 @@ for part in $parts; do
             bench million-tokens 300 million-tokens --backends VIDEO_SPARSE_ATTN --impls hopper triton --rounds 1
             ;;
         *)
-            echo "unknown part $part; there are test, layers, fine, sweep and million"
+            echo "unknown part $part; there are test, layers, stages, fine, sweep and million"
             status=2
             ;;
     esac
