@@ -104,7 +104,7 @@ def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tenso
 def launch_exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> Launched:
     """Start an exchange; hand the result to `finish_exchange`, and read it nowhere else."""
     if not (x.requires_grad and torch.is_grad_enabled()):
-        # Two autograd functions would be a sixth of the host time of a dense layer's call.
+        # Two autograd functions would be an eighth of the host time of a dense layer's call.
         return Launched(start(x, route, group.name), None, route)
     received, sent = _Launch.apply(x, route, group.name)  # type: ignore[no-untyped-call]
     return Launched(received, sent, route)

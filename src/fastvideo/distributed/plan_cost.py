@@ -34,18 +34,26 @@ class DeviceModel:
         wide_flops: Either pass in 32 or 64 bits.
         memory_bandwidth: Bytes per second that a copy reads and writes, for packing, unpacking and merging.
         memory: Bytes; a layout whose keys and values alone don't fit is refused.
-        launch: Seconds of host and device that a kernel costs however small its work.
+        launch: Seconds that a kernel costs however small its work.
+        dense_host: Seconds that the host takes to launch one pass of dense attention.
+        sparse_host: The same of sparse attention, whose coarse stage is many kernels.
+        share_host: Seconds of host that a shared call takes beside attention and exchanges.
+        exchange_host: Seconds of host for each exchange.
     """
 
     name: str = "H200"
-    flops: float = 600e12
-    backward_flops: float = 540e12
-    sparse_flops: float = 550e12
-    sparse_backward_flops: float = 440e12
+    flops: float = 565e12
+    backward_flops: float = 530e12
+    sparse_flops: float = 450e12
+    sparse_backward_flops: float = 375e12
     wide_flops: float = 40e12
     memory_bandwidth: float = 4.2e12
     memory: float = 141e9
     launch: float = 10e-6
+    dense_host: float = 0.1e-3
+    sparse_host: float = 1.7e-3
+    share_host: float = 0.5e-3
+    exchange_host: float = 0.2e-3
 
     def rate(self, call: Call, backward: bool) -> float:
         """Return the FLOP/s of one pass of a call."""
@@ -66,16 +74,17 @@ class LinkModel:
         network_bandwidth: The same between nodes.
         latency: Seconds that an exchange takes however few its bytes.
         peer_latency: Seconds for each rank that takes part in it.
-        contention: Share of hidden communication time that the computation it hides behind loses: NCCL's kernels take about
-            20 of 132 multiprocessors.
+        contention: Seconds that computation loses to each second of communication hidden behind it, inside a node: NCCL's
+            kernels take multiprocessors that persistent attention kernels wait for, and parts of attention are less efficient.
+            Between nodes a byte costs the same, so a second less.
     """
 
     ranks_per_node: int = 8
-    node_bandwidth: float = 370e9
+    node_bandwidth: float = 210e9
     network_bandwidth: float = 45e9
     latency: float = 20e-6
     peer_latency: float = 1e-6
-    contention: float = 0.15
+    contention: float = 1.25
 
 
 @dataclass(frozen=True)
@@ -136,20 +145,22 @@ class Cost:
 
     Attributes:
         num_bytes: Bytes that it receives.
-        compute: Seconds of attention, copies and merging.
+        compute: Seconds of attention, copies and merging, and what they lose to hidden communication.
         communication: Seconds of exchange, hidden or not.
         exposed: Those of them during which nothing is computed.
+        host: Seconds in which the host launches all this, while the device works on what it launched before.
     """
 
     num_bytes: float
     compute: float
     communication: float
     exposed: float
+    host: float
 
     @property
     def time(self) -> float:
-        """Seconds in all."""
-        return self.compute + self.exposed
+        """Seconds in all: of the device, or of the host where it takes longer."""
+        return max(self.compute + self.exposed, self.host)
 
 
 @dataclass(frozen=True)
@@ -213,19 +224,44 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
     compute = work / device.rate(call, backward) + device.launch
     swap_time, copies = _swap(call, part, ulysses, device, links)
     share_time, more_trips = _share_keys(call, part, ring, ulysses, gathers, backward, links)
-    hidden = 0.0
+    hidden = lost = 0.0
     if ring > 1 and not gathers:
         compute += _merging(call, part, ring, backward, device)
         # The first of R parts needs no keys of others, and the keys of each other part travel during the one before it.
         hidden = (ring - 1) * min(compute / ring, share_time / (ring - 1))
+        lost = hidden * _contention(_where(ring, ulysses, links))
     pieces = 1 if ring > 1 and ulysses == 1 and not gathers else call.pieces(ulysses)
-    # Of the pieces of heads, all but one travel while another is computed.
-    travelling = swap_time + (share_time if gathers and not call.causal else 0.0)
-    hidden += min(travelling * (pieces - 1) / pieces, compute - hidden)
+    for seconds, where in (
+        (swap_time, _where(ulysses, 1, links)),
+        (share_time if gathers and not call.causal else 0.0, _where(ring, ulysses, links)),
+    ):
+        # Of the pieces of heads, all but one travel while another is computed.
+        behind = min(seconds * (pieces - 1) / pieces, compute - hidden)
+        hidden += behind
+        lost += behind * _contention(where)
     extra_bytes, extra_time = _replicated(call, ring * ulysses, ulysses, backward, links)
     communication = swap_time + share_time + extra_time
-    exposed = communication - hidden
-    return Cost(part.received + more_trips + extra_bytes, compute + copies + links.contention * hidden, communication, exposed)
+    return Cost(
+        part.received + more_trips + extra_bytes,
+        compute + copies + lost,
+        communication,
+        communication - hidden,
+        _host(call, ring, ulysses, gathers, pieces, backward, device),
+    )
+
+
+def _host(call: Call, ring: int, ulysses: int, gathers: bool, pieces: int, backward: bool, device: DeviceModel) -> float:
+    """Return the seconds in which the host launches a pass."""
+    attention = device.sparse_host if call.is_sparse else device.dense_host
+    if ring * ulysses == 1:
+        return attention
+    exchanges, parts = 0, 1
+    if ulysses > 1:
+        exchanges += (2 if call.has_gate else 1) + 3
+    if ring > 1:
+        exchanges += 2 if gathers else 2 * (ring - 1) * (2 if backward else 1)
+        parts = 1 if gathers else ring
+    return device.share_host + pieces * (parts * attention + exchanges * device.exchange_host)
 
 
 def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: LinkModel) -> tuple[float, float]:
@@ -237,8 +273,8 @@ def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: L
     seconds = _exchange(part.swapped, _where(ulysses, 1, links))
     seconds += (num_like_query + 3) * pieces * (links.latency + (ulysses - 1) * links.peer_latency)
     travelling = call.size(part.own_rows, (1 + num_like_query) * call.heads) + call.size(part.own_keys, 2 * call.kv_heads)
-    # Packed on one side and unpacked on the other, each a read and a write.
-    return seconds, 4 * travelling / device.memory_bandwidth
+    # A read and a write on the side whose tensor is cut by heads; on the other, tokens of a single sample are in place.
+    return seconds, (2 if call.batch == 1 else 4) * travelling / device.memory_bandwidth
 
 
 def _share_keys(
@@ -283,6 +319,12 @@ def _replicated(call: Call, size: int, ulysses: int, backward: bool, links: Link
         return 0.0, 0.0
     received = call.size(call.replicated, call.heads) * (ulysses - 1) / ulysses
     return received, _exchange(received, _where(ulysses, 1, links)) + links.latency + ulysses * links.peer_latency
+
+
+def _contention(where: _Where) -> float:
+    """Return what computation loses to a second of hidden communication."""
+    links = where.links
+    return links.contention * (min(1.0, links.network_bandwidth / links.node_bandwidth) if where.outer else 1.0)
 
 
 @dataclass(frozen=True)
