@@ -137,12 +137,24 @@ class ModelHook:
         sizes = tuple(plain(int(size)) for size in (*latent, *patch))
         found: list[AttentionMetadata | None] = [None] * len(self.plan.builders)
         for number in self.needed[phase]:
-            name, rule = self.plan.builders[number]
-            key = _remember(name, self.keys[number], rule, sizes, str(device))
-            metadata = _metadata[key]
+            metadata = _metadata[self._remember(number, sizes, str(device))]
             is_same = torch.compiler.is_compiling() or metadata.current_timestep == step
             found[number] = metadata if is_same else replace(metadata, current_timestep=step)
         return tuple(found)
+
+    # A method, because Dynamo of torch 2.11 hands no rule (a frozen dataclass) to what it runs while it traces.
+    @constant_while_tracing
+    def _remember(self, number: int, sizes: tuple[int, ...], device: str) -> str:
+        """Build metadata once per geometry, keep it, and return its name: Dynamo keeps names and reads dicts."""
+        key = f"{self.keys[number]} {sizes} {device}"
+        if key not in _metadata:
+            name, rule = self.plan.builders[number]
+            # Caches of index tensors inside hold for training too.
+            with torch.inference_mode(False), torch.no_grad():
+                _metadata[key] = build_metadata(name, rule.builder_options, 0, sizes[:3], sizes[3:], device)
+            while len(_metadata) > _MAX_METADATA:
+                _metadata.popitem(last=False)
+        return key
 
 
 class CarryingCheckpoint:
@@ -224,16 +236,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
-
-
-@constant_while_tracing
-def _remember(name: str, key: str, rule: Any, sizes: tuple[int, ...], device: str) -> str:
-    """Build metadata once per geometry, keep it, and return its name: Dynamo keeps names and reads dicts."""
-    key = f"{key} {sizes} {device}"
-    if key not in _metadata:
-        # Caches of index tensors inside hold for training too.
-        with torch.inference_mode(False), torch.no_grad():
-            _metadata[key] = build_metadata(name, rule.builder_options, 0, sizes[:3], sizes[3:], device)
-        while len(_metadata) > _MAX_METADATA:
-            _metadata.popitem(last=False)
-    return key
