@@ -1,7 +1,7 @@
 """The coarse part of Video Sparse Attention: means over the tiles of a video, and dense attention of those.
 
 Means are in fp32 (fp64 for fp64), and so are the scores that choose tiles. Attention of the means multiplies in the dtype of
-the tokens, as any attention of theirs does: for 16 bit that is a small share of the fine part, in fp32 it would be a tenth.
+the tokens, as any attention of theirs does (`docs/kernels.md` says what fp32 cost there).
 
 Shape legend: B batch, S video tokens, N tiles, H heads, D head size.
 """

@@ -257,6 +257,17 @@ def test_flex_forward_on_a_cpu(shape: str, dtype: torch.dtype) -> None:
         check("flex", pattern, inputs, scale=-0.3 if counts else None, gradients=False)
 
 
+@pytest.mark.parametrize(
+    ("generation", "head_sizes"),
+    [(8, {32: 128, 64: 64, 128: 64}), (9, {32: 64, 64: 128, 128: 128, 256: 64}), (10, {32: 128, 128: 128})],
+)
+def test_flex_knows_the_blocks_of_the_backward(generation: int, head_sizes: dict[int, int], monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (generation, 0))
+    for head_size, block in head_sizes.items():
+        assert flex._backward_block(torch.empty(1, 1, 1, head_size, dtype=torch.bfloat16)) == block
+        assert flex._backward_block(torch.empty(1, 1, 1, head_size)) == 64
+
+
 def test_flex_has_no_backward_on_a_cpu() -> None:
     pattern = make_pattern("flex", "grouped")
     inputs = make_inputs(pattern, "grouped", torch.float32, 16)

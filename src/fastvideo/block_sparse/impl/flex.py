@@ -56,10 +56,11 @@ def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern)
 def _backward_block(query: Tensor) -> int:
     """Tokens that a tile's slot has to be a multiple of in the backward kernel that torch picks for a GPU.
 
-    Whatever block sizes are asked for, torch first drops the kernels whose own defaults don't divide the slots; on Hopper and
-    Blackwell that default is 128 for head sizes 64 to 128 in 16 bit, and nothing is left for slots of 64.
+    Whatever block sizes are asked for, torch first drops the kernels whose own defaults don't divide the slots. In 16 bit that
+    default is 128 for some head sizes of each generation, and nothing is left there for slots of 64.
     """
-    is_wide = torch.cuda.get_device_capability(query.device)[0] in (9, 10) and 64 <= query.shape[3] <= 128
+    head_size, generation = query.shape[3], torch.cuda.get_device_capability(query.device)[0]
+    is_wide = {9: 64 <= head_size <= 128, 10: head_size <= 128}.get(generation, head_size < 64)
     return 128 if is_wide and query.dtype != torch.float32 else 64
 
 
