@@ -13,6 +13,14 @@ def test_the_configuration_survives_json():
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_configuration_from_before_a_field_has_its_default():
+    older = TrainConfig(max_steps=9).to_dict()
+    del older["two_sprite_share"]
+    assert TrainConfig.from_dict(older) == TrainConfig(max_steps=9, two_sprite_share=0.5)
+    with pytest.raises(ValueError, match=r"no fields \['wings'\]"):
+        TrainConfig.from_dict({"wings": 2})
+
+
 def test_the_learning_rate_warms_up_and_falls():
     config = TrainConfig(max_steps=200, warmup_steps=10, final_learning_rate=0.1)
     rates = [config.learning_rate_at(step) for step in range(200)]
@@ -49,6 +57,8 @@ def test_the_bundled_model_stays_below_20_megabytes_in_16_bits():
     [
         ({"dim": 100}, "head_size must divide dim"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"two_sprite_share": 1.5}, r"two_sprite_share must lie in \[0, 1\], got 1.5"),
+        ({"two_sprite_share": -0.1}, "two_sprite_share"),
         ({"text_dropout": 1.5}, "text_dropout must lie in"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"sparsity_levels": (0.0, 1.0)}, "sparsity_levels"),

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import pytest
 import torch
 
-from fastvideo.models.sprites.prompts import NULL_ID
+from fastvideo.models.sprites.prompts import NULL_ID, PAD_ID
 from fastvideo.training.config import TrainConfig
 from fastvideo.training.data import ExampleSource, stratified_noise_levels
 
@@ -27,6 +28,18 @@ def test_a_tenth_of_the_prompts_is_dropped():
     dropped = torch.cat([source.batch(step).token_ids[:, 0] == NULL_ID for step in range(20)])
     assert 0.07 < dropped.float().mean() < 0.13
     assert not (source.batch(0, text_dropout=0.0).token_ids[:, 0] == NULL_ID).any()
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 0.42, 0.58), (0.75, 0.68, 0.82), (1.0, 1, 1)])
+def test_scenes_of_two_sprites_have_their_share_in_training_alone(share, low, high):
+    config = dataclasses.replace(CONFIG, two_sprite_share=share, text_dropout=0.0)
+    source = ExampleSource(config, "cpu")
+    # The second clause's first token; a scene of one sprite has padding there.
+    has_two = torch.cat([source.batch(step).token_ids[:, 3] != PAD_ID for step in range(10)])
+    assert low <= has_two.float().mean() <= high
+    held_out, usual = (ExampleSource(settings, "cpu", "held_out").batch(0, text_dropout=0.0) for settings in (config, CONFIG))
+    assert torch.equal(held_out.token_ids, usual.token_ids)
+    assert torch.equal(held_out.clean, usual.clean)
 
 
 def test_clips_and_noise_have_their_ranges():

@@ -6,7 +6,8 @@ The bundled model and its dense counterpart come from one GPU and
     fastvideo train --out runs/dense --attention dense --compile blocks
     fastvideo train --plot loss.png --runs vsa=runs/vsa dense=runs/dense
 
-A run that `--max-seconds` cut off goes on with the same command and `--resume`. A trial on a CPU:
+A run that `--max-seconds` cut off goes on with the same command and `--resume`. A finished model is trained further, with
+the settings of a new run, by `--init bundled` or `--init FOLDER`. A trial on a CPU:
 
     fastvideo train --out runs/trial --attention dense --dim 64 --head-size 32 --num-layers 2 --text-dim 64 \
         --num-frames 4 --frame-size 32 --num-sprites 8 --batch-size 8 --max-steps 200 --precision float32
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", default=None, help="cuda, cuda:1, cpu; by default cuda where there is one")
     run.add_argument("--max-seconds", type=float, default=None, help="save a checkpoint and stop after so long")
     run.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    run.add_argument("--init", metavar="FOLDER", help="start from the weights of this model; bundled for that of this package")
     run.add_argument("--log-interval", type=int, default=25, metavar="STEPS")
     run.add_argument("--eval-interval", type=int, default=250, metavar="STEPS")
     run.add_argument("--eval-clips", type=int, default=128)
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         eval_clips=args.eval_clips,
         checkpoint_interval=args.checkpoint_interval,
         resume=args.resume,
+        initial_weights=args.init,
         on_step=bar.advance,
     )
     trainer = Trainer(config, options)

@@ -20,7 +20,7 @@ Precision = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on; two runs of one configuration see the same clips, noise and schedules.
+    """What a run learns, and how; two runs of one configuration see the same clips, noise and schedules.
 
     Attributes:
         attention: Self attention, "vsa" (with gate) or "dense".
@@ -32,6 +32,8 @@ class TrainConfig:
         num_frames: Frames of a clip.
         frame_size: Rows and columns of a clip, a divisor of 64.
         num_sprites: Restricts scenes to the first sprites, for small trials; None means all.
+        two_sprite_share: Share of training scenes with two sprites; of the held-out scenes it is one half in any case, so
+            that runs compare.
         max_steps: Length of every schedule.
         batch_size: Clips per step.
         optimizer: "muon" (orthogonalised momentum for the blocks' matrices, AdamW for the rest) or "adamw".
@@ -71,6 +73,7 @@ class TrainConfig:
     num_frames: int = 16
     frame_size: int = 64
     num_sprites: int | None = None
+    two_sprite_share: float = 0.5
     max_steps: int = 7000
     batch_size: int = 32
     optimizer: OptimizerName = "muon"
@@ -96,7 +99,7 @@ class TrainConfig:
         for name in ("dim", "head_size", "num_layers", "num_frames", "max_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("text_dropout", "uniform_share", "sparsity_ramp", "final_learning_rate"):
+        for name in ("two_sprite_share", "text_dropout", "uniform_share", "sparsity_ramp", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
@@ -177,5 +180,16 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build the configuration from its `to_dict()`."""
+        """Build the configuration from its `to_dict()`; fields that an older one lacks have their defaults.
+
+        Raises:
+            ValueError: A name is no field of this configuration, or a setting is out of range.
+
+        Example:
+            >>> TrainConfig.from_dict({"attention": "dense"}).two_sprite_share
+            0.5
+        """
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"TrainConfig has no fields {unknown}; it comes from another version of this package.")
         return cls(**values)

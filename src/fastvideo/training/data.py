@@ -74,7 +74,9 @@ class ExampleSource:
 
     def __init__(self, config: TrainConfig, device: torch.device | str, split: Split = "train") -> None:
         self.config = config
-        self._pool = ScenePool(split, device, num_sprites=config.num_sprites)
+        # Held-out scenes are the same for every share, so that the losses of runs compare.
+        share = config.two_sprite_share if split == "train" else TrainConfig.two_sprite_share
+        self._pool = ScenePool(split, device, two_sprite_share=share, num_sprites=config.num_sprites)
         self._atlas = load_atlas(device)
         self._null = tokenize([None], device)
         self._generator = torch.Generator(device=device)

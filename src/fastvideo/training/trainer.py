@@ -23,7 +23,7 @@ from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel
 from fastvideo.models.text import WordEncoder
 from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.models.wan.checkpoint import cast_weights
-from fastvideo.training.checkpoint import load_checkpoint, save_checkpoint
+from fastvideo.training.checkpoint import load_checkpoint, load_initial_weights, save_checkpoint
 from fastvideo.training.config import TrainConfig
 from fastvideo.training.data import Examples, ExampleSource
 from fastvideo.training.metrics import Metrics
@@ -39,7 +39,7 @@ _EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What doesn't change what is learned: where, how long, and what is reported when.
+    """What a run has beside its settings: where it is, what it starts from, how long it takes, and what is reported when.
 
     Attributes:
         folder: Where the run keeps its files.
@@ -49,7 +49,9 @@ class RunOptions:
         eval_interval: Steps between two evaluations of the held-out loss.
         eval_clips: Held-out clips of an evaluation.
         checkpoint_interval: Steps between two checkpoints.
-        resume: Continue from the folder's checkpoint.
+        resume: Continue from the folder's checkpoint, whose run must have started from the same weights.
+        initial_weights: Folder of a finished model of the same sizes, or "bundled", whose weights the trained and the
+            averaged weights start at; None means random ones.
         on_step: Called after each step with the number of finished steps and the last logged loss.
     """
 
@@ -61,6 +63,7 @@ class RunOptions:
     eval_clips: int = 128
     checkpoint_interval: int = 1000
     resume: bool = False
+    initial_weights: str | Path | None = None
     on_step: Callable[[int, float], None] | None = None
 
 
@@ -97,10 +100,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.transformer = WanTransformer3DModel(config.transformer_config())
         self.text_encoder = WordEncoder(config.text_config())
+        self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
+        start = options.initial_weights
+        self.initial_weights = None if start is None else load_initial_weights(start, config, self.module)
         if config.precision == "bfloat16":
             # Master weights are taken before narrowing, so that they start unrounded.
             self._narrowed = cast_weights(self.transformer.state_dict(), torch.bfloat16)
-        self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
         self.module.to(options.device)
         self.weights = MasterWeights(self.module)
         if config.precision == "bfloat16":
@@ -112,7 +117,9 @@ class Trainer:
         self.finished_steps, self._elapsed_before = 0, 0.0
         options.folder.mkdir(parents=True, exist_ok=True)
         if options.resume:
-            self.finished_steps, self._elapsed_before = load_checkpoint(options.folder, config, self.weights, self.optimizers)
+            self.finished_steps, self._elapsed_before = load_checkpoint(
+                options.folder, config, self.weights, self.optimizers, self.initial_weights
+            )
         self._metrics = Metrics(options.folder, self.finished_steps)
         if config.compile == "model":
             self.transformer.compile(dynamic=False)
@@ -132,7 +139,8 @@ class Trainer:
         losses: list[Tensor] = []
         shown, logged_at, logged_step = float("nan"), time.monotonic(), self.finished_steps
         if self.finished_steps == 0:
-            self.record({"kind": "config", **config.to_dict(), "num_parameters": self.num_parameters})
+            facts = {"num_parameters": self.num_parameters, "initial_weights": self.initial_weights}
+            self.record({"kind": "config", **config.to_dict(), **facts})
         while self.finished_steps < config.max_steps:
             step = self.finished_steps
             losses.append(self.train_step(step))
@@ -250,7 +258,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write the state that a resumed run continues from."""
-        save_checkpoint(self.options.folder, self.config, self.weights, self.optimizers, self.finished_steps, self.elapsed)
+        progress = (self.finished_steps, self.elapsed, self.initial_weights)
+        save_checkpoint(self.options.folder, self.config, self.weights, self.optimizers, *progress)
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the averaged weights and the configuration as a `SpriteVideoModel`.
@@ -267,5 +276,5 @@ class Trainer:
             module.load_state_dict(mine, strict=True)
         sparsity = config.sparsity_levels[-1] if config.attention == "vsa" else 0.0
         sampling = SamplingSettings(shift=config.noise_shift, sparsity=sparsity)
-        notes = {"steps": self.finished_steps, "training": config.to_dict()}
+        notes = {"steps": self.finished_steps, "initial_weights": self.initial_weights, "training": config.to_dict()}
         SpriteVideoModel(transformer, encoder, config.video_tyx, sampling, notes).save(folder, dtype)
