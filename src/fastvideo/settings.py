@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["AGREEMENT_MODES", "Settings"]
+__all__ = ["AGREEMENT_MODES", "EXCHANGES", "Settings"]
 
 AGREEMENT_MODES = ("auto", "new", "every", "off")
 """When ranks compare their calls, see `fastvideo.distributed.agreement`."""
+
+EXCHANGES = ("auto", "direct", "collective")
+"""How eager code exchanges tensors between CUDA devices, see `fastvideo.distributed.direct`."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,20 @@ class Settings:
         local_rank: `LOCAL_RANK`, this process's place on its machine under `torchrun`; `None` outside.
         agreement: `FASTVIDEO_AGREEMENT`, when ranks compare their calls: "auto" (the default), "new", "every" or "off".
         agreement_timeout: `FASTVIDEO_AGREEMENT_TIMEOUT`, seconds for which a rank waits for its peers' word, 60 by default.
+        exchange: `FASTVIDEO_EXCHANGE`, how tensors travel between CUDA devices: "direct", by copy engines; "collective", by
+            NCCL; "auto" (the default), directly where all ranks of a group can.
     """
 
     attention_backend: str | None = None
     local_rank: str | None = None
     agreement: str = "auto"
     agreement_timeout: float = 60.0
+    exchange: str = "auto"
+
+    @classmethod
+    def current(cls) -> Settings:
+        """Return the settings of this process, read once."""
+        return _of_this_process()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -44,12 +56,21 @@ class Settings:
         agreement = variables.get("FASTVIDEO_AGREEMENT", "").strip().lower() or "auto"
         if agreement not in AGREEMENT_MODES:
             raise ValueError(f"expected FASTVIDEO_AGREEMENT among {', '.join(AGREEMENT_MODES)}, got {agreement!r}")
+        exchange = variables.get("FASTVIDEO_EXCHANGE", "").strip().lower() or "auto"
+        if exchange not in EXCHANGES:
+            raise ValueError(f"expected FASTVIDEO_EXCHANGE among {', '.join(EXCHANGES)}, got {exchange!r}")
         return cls(
             attention_backend=None if backend.lower() in ("", "auto") else backend,
             local_rank=variables.get("LOCAL_RANK") or None,
             agreement=agreement,
             agreement_timeout=_positive(variables, "FASTVIDEO_AGREEMENT_TIMEOUT", 60.0),
+            exchange=exchange,
         )
+
+
+@functools.cache
+def _of_this_process() -> Settings:
+    return Settings.from_environment()
 
 
 def _positive(variables: Mapping[str, str], name: str, default: float) -> float:

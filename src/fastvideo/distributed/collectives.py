@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvideo.distributed.agreement import explain_transport_error
+from fastvideo.distributed.direct import direct_exchange, finish_direct
 from fastvideo.distributed.mesh import SequenceGroup
 
 __all__ = [
@@ -58,16 +59,20 @@ class Route(NamedTuple):
         receive: How what it receives is joined.
         source: Shape of what it sends.
         shape: Shape of what it receives.
+        counts: Elements that every rank sends to every other, `counts[sender][receiver]`: the same on all ranks.
+        is_gather: Every rank sends all it has to everyone.
     """
 
     send: Cut
     receive: Cut
     source: tuple[int, ...]
     shape: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+    is_gather: bool = False
 
     def back(self) -> Route:
         """Return the route that gradients take."""
-        return Route(self.receive, self.send, self.shape, self.source)
+        return Route(self.receive, self.send, self.shape, self.source, tuple(zip(*self.counts, strict=True)))
 
 
 class Launched(NamedTuple):
@@ -120,7 +125,10 @@ def finish_exchange(launched: Launched, group: SequenceGroup) -> torch.Tensor:
 def gather_route(shape: Sequence[int], dim: int, lengths: Sequence[int]) -> Route:
     """Return the route on which everyone gets everyone's tensor, joined along `dim`; rank `r` has `lengths[r]` there."""
     everything = Cut(dim, (((0, shape[dim]),),) * len(lengths))
-    return Route(everything, consecutive(dim, lengths), tuple(shape), (*shape[:dim], sum(lengths), *shape[dim + 1 :]))
+    row = math.prod(shape[:dim]) * math.prod(shape[dim + 1 :])
+    counts = tuple([(row * length,) * len(lengths) for length in lengths])
+    whole = (*shape[:dim], sum(lengths), *shape[dim + 1 :])
+    return Route(everything, consecutive(dim, lengths), tuple(shape), whole, counts, is_gather=True)
 
 
 def all_gather(x: torch.Tensor, dim: int, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
@@ -140,9 +148,11 @@ def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
 
 def start(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
     """Start an exchange without gradient; read the result after `wait`, by `unpack`."""
+    direct = direct_exchange(x, name)
+    if direct is not None:
+        return direct.start(x, route)
     sent, received = _counts(route.send, route.source), _counts(route.receive, route.shape)
-    sends_all = all(part == ((0, route.source[route.send.dim]),) for part in route.send.parts)
-    if sends_all and len(set(received)) == 1:
+    if route.is_gather and len(set(received)) == 1:
         return _functional.all_gather_into_tensor(x.contiguous().view(-1), len(sent), name)  # type: ignore[no-any-return]
     return _functional.all_to_all_single(pack(x, route.send), received, sent, name)  # type: ignore[no-any-return]
 
@@ -155,6 +165,8 @@ def wait(started: torch.Tensor, name: str) -> torch.Tensor:
     """
     if torch.compiler.is_compiling():
         return _functional.wait_tensor(started)  # type: ignore[no-any-return]
+    if finish_direct(started, name):
+        return started
     try:
         return _functional.wait_tensor(started)  # type: ignore[no-any-return]
     except RuntimeError as error:

@@ -11,6 +11,7 @@ Causal attention is balanced by order: the sequence is cut into 2P pieces, and r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -95,7 +96,17 @@ def ring_steps(
             send, receive = [nothing] * size, [nothing] * size
             send[target], receive[source] = ((0, _count(shown)),), ((0, count),)
             batch, own, *head = key_shape
-            fetch = Route(Cut(2, tuple(send)), Cut(2, tuple(receive)), (2, batch, own, *head), (2, batch, count, *head))
+            counts = [[0] * size for _ in range(size)]
+            for reader in range(size):
+                owner = (reader - distance) % size
+                counts[owner][reader] = 2 * batch * math.prod(head) * _count(_seen(owner, reader, pieces, is_causal))
+            fetch = Route(
+                Cut(2, tuple(send)),
+                Cut(2, tuple(receive)),
+                (2, batch, own, *head),
+                (2, batch, count, *head),
+                tuple([tuple(row) for row in counts]),
+            )
         steps.append(Step((first_row, num_rows), (0, count), seen, is_causal and not distance, fetch))
     return tuple(steps)
 
@@ -129,8 +140,9 @@ def regroup_route(shape: Sequence[int], dim: int, lengths: Sequence[int], rank: 
     pieces, shards = balanced_pieces(sum(lengths), size), _whole_pieces(lengths)
     send = tuple(_positions(_common(shards[rank][0], pieces[r]), shards[rank]) for r in range(size))
     receive = tuple(_positions(_common(shards[r][0], pieces[rank]), pieces[rank]) for r in range(size))
-    own = _count(pieces[rank])
-    return Route(Cut(dim, send), Cut(dim, receive), tuple(shape), (*shape[:dim], own, *shape[dim + 1 :]))
+    own, row = _count(pieces[rank]), math.prod(shape[:dim]) * math.prod(shape[dim + 1 :])
+    counts = tuple([tuple([row * _count(_common(shard[0], wanted)) for wanted in pieces]) for shard in shards])
+    return Route(Cut(dim, send), Cut(dim, receive), tuple(shape), (*shape[:dim], own, *shape[dim + 1 :]), counts)
 
 
 def attend_in_parts(

@@ -148,7 +148,8 @@ def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequenc
     by_heads = Cut(2, tuple((interval,) for interval in heads))
     if len(shape) == 5:
         by_heads = consecutive(2, (1,) * len(heads))
-    return Route(by_heads, consecutive(1, lengths), tuple(shape), (shape[0], sum(lengths), stop - start, shape[-1]))
+    counts = _swapped(lengths, heads, shape[0] * shape[-1])
+    return Route(by_heads, consecutive(1, lengths), tuple(shape), (shape[0], sum(lengths), stop - start, shape[-1]), counts)
 
 
 def token_route(
@@ -170,7 +171,9 @@ def token_route(
     counts = [stop - start for start, stop in heads]
     by_rank = consecutive(2, (1,) * len(heads) if is_group else counts)
     own = (len(heads), num_heads) if is_group else (sum(counts),)
-    return Route(consecutive(1, lengths), by_rank, tuple(shape), (batch, lengths[rank], *own, head_size))
+    back = _swapped(lengths, heads, batch * head_size)
+    shape_here = (batch, lengths[rank], *own, head_size)
+    return Route(consecutive(1, lengths), by_rank, tuple(shape), shape_here, tuple(zip(*back, strict=True)))
 
 
 def tokens_to_heads(tensors: Sequence[torch.Tensor], lengths: Sequence[int], group: SequenceGroup) -> tuple[torch.Tensor, ...]:
@@ -209,11 +212,17 @@ def exchange_mask(
         start, stop = shares.query[group.rank]
         by_heads = Cut(1, tuple((interval,) for interval in shares.query))
         shape = (mask.shape[0], stop - start, sum(lengths), mask.shape[3])
-        rows = exchange(own, Route(by_heads, consecutive(2, lengths), tuple(own.shape), shape), group)
+        counts = _swapped(lengths, shares.query, mask.shape[0] * mask.shape[3])
+        rows = exchange(own, Route(by_heads, consecutive(2, lengths), tuple(own.shape), shape, counts), group)
         replicated = replicated[:, start:stop]
     else:
         rows = all_gather(own, 2, lengths, group)
     return torch.cat([rows, replicated], dim=2).to(mask.dtype)
+
+
+def _swapped(lengths: Sequence[int], heads: Sequence[Interval], row: int) -> tuple[tuple[int, ...], ...]:
+    """Return what each rank sends each other, when tokens of all heads are swapped for all tokens of some heads."""
+    return tuple([tuple([length * (stop - start) * row for start, stop in heads]) for length in lengths])
 
 
 def _sendable(mask: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from fastvideo.compilation import constant_while_tracing, plain
 from fastvideo.distributed.agreement.ledger import Ledger, RanksDisagree
 from fastvideo.distributed.agreement.records import Fields
 from fastvideo.distributed.agreement.watchdog import Watchdog, silent_ranks
+from fastvideo.distributed.direct import exchange_kind
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.settings import AGREEMENT_MODES, Settings
 
@@ -76,7 +77,7 @@ def agree(
     mode, timeout = _wishes(mode, timeout, x.device.type)
     if mode == "off":
         return x
-    fields["device"] = x.device.type
+    fields |= _transport_fields(x.device)
     if torch.compiler.is_compiling():
         return _agree_op(x, list(group.ranks), _transports(group), mode, timeout, _traced(fields))  # type: ignore[no-any-return]
     words = tuple([(name, str(value)) for name, value in fields.items()])
@@ -117,7 +118,7 @@ def agree_on_backward(
         return tuple(outputs)
     mode, timeout = _wishes(mode, timeout, outputs[0].device.type)
     rest = {name: value for name, value in fields.items() if name != "pass"}
-    fields = {"pass": "backward", **rest, "device": outputs[0].device.type}
+    fields = {"pass": "backward", **rest, **_transport_fields(outputs[0].device)}
     words: str | Fields
     if torch.compiler.is_compiling():
         number, words = 0, _traced(fields)
@@ -176,7 +177,7 @@ def explain_transport_error(error: RuntimeError, transport: str) -> RuntimeError
 
 @constant_while_tracing
 def _wishes(mode: str | None, timeout: float | None, device: str) -> tuple[str, float]:
-    settings = _settings()
+    settings = Settings.current()
     mode = settings.agreement if mode is None else mode
     timeout = settings.agreement_timeout if timeout is None else timeout
     if mode not in AGREEMENT_MODES:
@@ -188,6 +189,10 @@ def _wishes(mode: str | None, timeout: float | None, device: str) -> tuple[str, 
     return mode, timeout
 
 
+def _transport_fields(device: torch.device) -> dict[str, str]:
+    return {"device": device.type} | ({"exchange": exchange_kind(device)} if device.type == "cuda" else {})
+
+
 def _transports(group: SequenceGroup) -> str:
     parts = (group, group.ring, group.ulysses)
     return "\n".join([part.name for part in parts if part is not None and part.name])
@@ -196,11 +201,6 @@ def _transports(group: SequenceGroup) -> str:
 def _traced(fields: dict[str, Any]) -> str:
     """Return fields as text while tracing. Equal layers compile once: nothing that differs between them may be read."""
     return _as_text(tuple([(name, _plain(value)) for name, value in fields.items() if name != "layer"]))
-
-
-@functools.cache
-def _settings() -> Settings:
-    return Settings.from_environment()
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastvideo.distributed.agreement.ledger import Ledger, RanksDisagree
+from fastvideo.distributed.symmetric import release
 
 __all__ = ["Watchdog", "silent_ranks"]
 
@@ -143,6 +144,7 @@ def _rescue(ledger: Ledger, text: str) -> None:
     if not learns_by_itself:
         _raise_in_thread(ledger.thread, text)
     for name in ledger.transports:
+        release(name)
         with contextlib.suppress(RuntimeError):  # the group may be gone already
             group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
             if "nccl" in dist.get_backend_config(group):

@@ -1,0 +1,192 @@
+"""Memory of CUDA devices of one host that they read from each other, and numbers by which they wait for each other.
+
+The memory is torch's symmetric memory, mapped into every process of a group. Words between devices are 32-bit numbers in it,
+written and waited for by operations of the stream itself (CUDA's stream memory operations), which need no multiprocessor: a
+kernel that waited would not start beside a persistent attention kernel, and hold one up that came after it.
+
+Counters are compared cyclically, so they may overflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import pathlib
+import platform
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from fastvideo.distributed.direct import Fetch
+
+__all__ = ["SymmetricMemory", "release", "why_not_symmetric"]
+
+_WORDS = 4096
+"""Bytes in front of the staging memory: one word per peer that is `packed`, and one that is `read`."""
+
+_READ = 2048
+_MAX_RANKS = 512
+_FAR_AHEAD = 1 << 30
+
+
+def why_not_symmetric(device: torch.device, group: dist.ProcessGroup, wish: str) -> str | None:
+    """Return why the ranks of `group` have no memory in common, or `None`; the same answer on every rank.
+
+    A collective call.
+    """
+    here = (
+        wish,
+        _host(),
+        "" if _driver() is not None else "the package cuda-bindings, which CUDA builds of torch need, is missing",
+    )
+    told: list[Any] = [None] * group.size()
+    with torch.cuda.device(device):
+        dist.all_gather_object(told, here, group=group)
+    if len({wish for wish, _, _ in told}) > 1:
+        raise RuntimeError(f"expected the same FASTVIDEO_EXCHANGE on every rank, got {', '.join(wish for wish, _, _ in told)}")
+    if len({host for _, host, _ in told}) > 1:
+        return "they sit on several hosts"
+    if group.size() > _MAX_RANKS:
+        return f"they are {group.size()}, and there is room for {_MAX_RANKS}"
+    return next((lack for _, _, lack in told if lack), None)
+
+
+def release(name: str) -> None:
+    """Let every wait of the group `name` on this process's device pass, so that its host can go on to raise an error."""
+    for memory in list(_open_memories):
+        if memory.name == name:
+            memory.release()
+
+
+_open_memories: weakref.WeakSet[SymmetricMemory] = weakref.WeakSet()
+
+
+class SymmetricMemory:
+    """Staging memory and words of one group. `fastvideo.distributed.direct.PeerMemory` says what its methods do.
+
+    Attributes:
+        name: The process group's name.
+        rank: This process's place in it.
+        capacity: Bytes of staging memory of each rank.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup, capacity: int) -> None:
+        self.name, self.rank, self.capacity = group.group_name, group.rank(), 0
+        self._device, self._size = device, group.size()
+        self._copies: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._driver = _driver()
+        self._coming: dict[int, tuple[torch.cuda.Event, torch.Tensor]] = {}
+        self._last_waited = 0
+        self._allocate(capacity)
+
+    @classmethod
+    def open(cls, device: torch.device, group: dist.ProcessGroup, capacity: int) -> tuple[SymmetricMemory | None, str | None]:
+        """Return the memory, or `None` and why there is none; a collective call with the same answer on every rank."""
+        memory, reason = None, ""
+        try:
+            memory = cls(device, group, capacity)
+        except RuntimeError as error:
+            reason = f"rank {group.rank()}: {str(error).splitlines()[0]}"
+        told: list[Any] = [None] * group.size()
+        with torch.cuda.device(device):
+            dist.all_gather_object(told, reason, group=group)
+        reason = next((text for text in told if text), "")
+        if reason or memory is None:
+            return None, reason
+        _open_memories.add(memory)
+        return memory, None
+
+    def _allocate(self, capacity: int) -> None:
+        symmetric = importlib.import_module("torch.distributed._symmetric_memory")
+        with torch.cuda.device(self._device):
+            memory = symmetric.empty(_WORDS + capacity, dtype=torch.uint8, device=self._device)
+            memory[:_WORDS].zero_()
+            torch.cuda.synchronize()
+            # Ends with a barrier of the hosts: nobody writes a word before all are 0.
+            handle = symmetric.rendezvous(memory, self.name)
+        self._memory, self._handle, self.capacity = memory, handle, capacity
+        self._bases = [int(pointer) for pointer in handle.buffer_ptrs]
+
+    def grow(self, capacity: int) -> None:
+        """See `PeerMemory`."""
+        with torch.cuda.device(self._device):
+            # This rank has read all it is to read, and what comes next has waited for its readers.
+            self._copies.synchronize()
+            torch.cuda.current_stream().synchronize()
+            self._allocate(capacity)
+
+    def staging(self) -> torch.Tensor:
+        """See `PeerMemory`."""
+        words_and_staging: torch.Tensor = self._memory
+        return words_and_staging[_WORDS:]
+
+    def wait_until_read(self, peer: int, number: int) -> None:
+        """See `PeerMemory`."""
+        self._wait(torch.cuda.current_stream(self._device).cuda_stream, _READ + 4 * peer, number)
+
+    def fetch(self, number: int, readers: tuple[int, ...], received: torch.Tensor, fetches: tuple[Fetch, ...]) -> None:
+        """See `PeerMemory`."""
+        copies = self._copies
+        copies.wait_stream(torch.cuda.current_stream(self._device))
+        stream = copies.cuda_stream
+        for reader in readers:
+            self._write(stream, reader, 4 * self.rank, number)
+        for peer, source, target, num_bytes in fetches:
+            self._wait(stream, 4 * peer, number)
+            _checked(
+                self._driver.cuMemcpyAsync(received.data_ptr() + target, self._bases[peer] + _WORDS + source, num_bytes, stream)
+            )
+            self._write(stream, peer, _READ + 4 * self.rank, number)
+        if received.numel():
+            done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(copies)
+            self._coming[received.data_ptr()] = (done, received)
+
+    def finish(self, received: torch.Tensor) -> bool:
+        """See `PeerMemory`."""
+        coming = self._coming.pop(received.data_ptr(), None) if received.numel() else None
+        if coming is not None:
+            torch.cuda.current_stream(self._device).wait_event(coming[0])
+        return coming is not None
+
+    def release(self) -> None:
+        """Write numbers into this rank's words that no wait is above."""
+        with torch.cuda.device(self._device), contextlib.suppress(RuntimeError):
+            stream = torch.cuda.Stream(self._device).cuda_stream  # type: ignore[no-untyped-call]
+            for peer in range(self._size):
+                for place in (4 * peer, _READ + 4 * peer):
+                    self._write(stream, self.rank, place, self._last_waited + _FAR_AHEAD)
+
+    def _write(self, stream: int, peer: int, place: int, number: int) -> None:
+        _checked(self._driver.cuStreamWriteValue32(stream, self._bases[peer] + place, number & 0xFFFFFFFF, 0))
+
+    def _wait(self, stream: int, place: int, number: int) -> None:
+        at_least = self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        self._last_waited = number
+        _checked(self._driver.cuStreamWaitValue32(stream, self._bases[self.rank] + place, number & 0xFFFFFFFF, at_least))
+
+
+def _checked(result: tuple[Any, ...]) -> None:
+    """Raise if a call of the driver failed."""
+    error = result[0]
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA's driver refused a copy or a word between devices: {error!r}")
+
+
+@functools.cache
+def _driver() -> Any:
+    """Return CUDA's driver API, or `None` where the package that brings it is missing."""
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        return None
+
+
+def _host() -> str:
+    """Return what processes of one running machine have in common."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text(encoding="ascii").strip() if boot.exists() else platform.node()

@@ -1,0 +1,223 @@
+"""Direct exchanges, with threads for ranks and ordinary memory for what devices share: regions, places and words."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from fastvideo.distributed.collectives import Route, gather_route, unpack
+from fastvideo.distributed.direct import DirectExchange, Fetch
+from fastvideo.distributed.ring import regroup_route, ring_steps
+from fastvideo.distributed.ulysses import head_route, share_heads, token_route
+
+TIMEOUT = 20.0
+
+
+class Shared:
+    """What the memories of all ranks have in common: staging memory and words by rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.staging = [torch.empty(0, dtype=torch.uint8) for _ in range(size)]
+        self.packed = [[0] * size for _ in range(size)]
+        self.read = [[0] * size for _ in range(size)]
+        self.growing = threading.Barrier(size)
+
+
+class ThreadMemory:
+    """A rank's memory. A thread per exchange copies, after a while, as a copy engine would beside the host."""
+
+    def __init__(self, shared: Shared, rank: int, capacity: int) -> None:
+        self.rank, self.capacity, self._shared = rank, capacity, shared
+        shared.staging[rank] = torch.full((capacity,), 255, dtype=torch.uint8)
+        self._copying: dict[int, threading.Thread] = {}
+        self._last: threading.Thread | None = None
+        self._random = random.Random(rank)
+        self.num_grown = 0
+        self.waited: list[tuple[int, int]] = []
+
+    def grow(self, capacity: int) -> None:
+        if self._last is not None:
+            self._last.join(TIMEOUT)
+        self._shared.growing.wait(TIMEOUT)
+        self.capacity = capacity
+        self.num_grown += 1
+        self._shared.staging[self.rank] = torch.full((capacity,), 255, dtype=torch.uint8)
+        self._shared.growing.wait(TIMEOUT)
+
+    def staging(self) -> torch.Tensor:
+        return self._shared.staging[self.rank]
+
+    def wait_until_read(self, peer: int, number: int) -> None:
+        self.waited.append((peer, number))
+        with self._shared.changed:
+            assert self._shared.changed.wait_for(lambda: self._shared.read[self.rank][peer] >= number, TIMEOUT)
+
+    def fetch(self, number: int, readers: tuple[int, ...], received: torch.Tensor, fetches: tuple[Fetch, ...]) -> None:
+        before, shared = self._last, self._shared
+
+        def copy() -> None:
+            if before is not None:
+                before.join(TIMEOUT)
+            with shared.changed:
+                for reader in readers:
+                    shared.packed[reader][self.rank] = number
+                shared.changed.notify_all()
+            target = received.view(torch.uint8)
+            for part in fetches:
+                with shared.changed:
+                    assert shared.changed.wait_for(lambda part=part: shared.packed[self.rank][part.peer] >= number, TIMEOUT)  # type: ignore[misc]
+                threading.Event().wait(self._random.random() * 0.002)
+                source = shared.staging[part.peer][part.source : part.source + part.num_bytes]
+                target[part.target : part.target + part.num_bytes].copy_(source)
+                with shared.changed:
+                    shared.read[part.peer][self.rank] = number
+                    shared.changed.notify_all()
+
+        self._last = threading.Thread(target=copy, daemon=True)
+        self._last.start()
+        self._copying[received.data_ptr()] = self._last
+
+    def finish(self, received: torch.Tensor) -> bool:
+        thread = self._copying.pop(received.data_ptr(), None) if received.numel() else None
+        if thread is not None:
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
+        return thread is not None
+
+
+def run_ranks(size: int, capacity: int, work: Callable[[int, DirectExchange], None]) -> list[ThreadMemory]:
+    """Run `work(rank, exchange)` in one thread per rank and return the ranks' memories."""
+    shared = Shared(size)
+    memories = [ThreadMemory(shared, rank, capacity) for rank in range(size)]
+    with concurrent.futures.ThreadPoolExecutor(size) as pool:
+        for done in [pool.submit(work, rank, DirectExchange(memories[rank], size)) for rank in range(size)]:
+            done.result(3 * TIMEOUT)
+    return memories
+
+
+def join(exchange: DirectExchange, x: torch.Tensor, route: Route) -> torch.Tensor:
+    started = exchange.start(x, route)
+    exchange.finish(started)
+    return unpack(started, route.receive, route.shape)
+
+
+def shards(whole: torch.Tensor, dim: int, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return torch.split(whole, list(lengths), dim=dim)
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 0, 2)])
+@pytest.mark.parametrize("num_heads", [6, 4, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_go_and_come_back(lengths: tuple[int, ...], num_heads: int, batch: int) -> None:
+    whole = torch.randn(batch, sum(lengths), num_heads, 3)
+    heads = share_heads(num_heads, num_heads, len(lengths)).query
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        x = shards(whole, 1, lengths)[rank]
+        for _ in range(5):
+            here = join(exchange, x, head_route(x.shape, heads, lengths, rank))
+            torch.testing.assert_close(here, whole[:, :, slice(*heads[rank])], rtol=0, atol=0)
+            back = join(exchange, here, token_route(here.shape, heads, lengths, rank))
+            torch.testing.assert_close(back, x, rtol=0, atol=0)
+
+    memories = run_ranks(len(lengths), 8192, work)
+    assert all(memory.num_grown == 0 for memory in memories)
+
+
+def test_many_on_their_way_share_a_small_memory() -> None:
+    """Regions are used again and again, more exchanges being under way than there is room for."""
+    lengths, num_heads = (8, 8), 4
+    wholes = [torch.randn(1, 16, num_heads, 16) for _ in range(40)]
+    heads = share_heads(num_heads, num_heads, 2).query
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        shard = [shards(whole, 1, lengths)[rank] for whole in wholes]
+        routes = [head_route(x.shape, heads, lengths, rank) for x in shard]
+        for first in range(0, 40, 8):
+            started = [exchange.start(shard[i], routes[i]) for i in range(first, first + 8)]
+            for i, received in zip(range(first, first + 8), started, strict=True):
+                assert exchange.finish(received)
+                here = unpack(received, routes[i].receive, routes[i].shape)
+                torch.testing.assert_close(here, wholes[i][:, :, slice(*heads[rank])], rtol=0, atol=0)
+
+    # A part is 8 tokens of 2 heads of 16 floats, 1,024 bytes: three fit.
+    memories = run_ranks(2, 3 * 1024, work)
+    assert all(memory.waited for memory in memories)
+    assert all(memory.num_grown == 0 for memory in memories)
+
+
+def test_memory_grows_where_an_exchange_is_larger() -> None:
+    def work(rank: int, exchange: DirectExchange) -> None:
+        for length in (3, 700, 5, 900):
+            lengths = (length, length + 1)
+            whole = torch.arange((2 * length + 1) * 8, dtype=torch.float64).reshape(1, -1, 2, 4)
+            x = shards(whole, 1, lengths)[rank]
+            heads = share_heads(2, 2, 2).query
+            here = join(exchange, x, head_route(x.shape, heads, lengths, rank))
+            torch.testing.assert_close(here, whole[:, :, slice(*heads[rank])], rtol=0, atol=0)
+
+    memories = run_ranks(2, 1024, work)
+    assert [memory.num_grown for memory in memories] == [1, 1]
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 3), (5, 1, 0, 4)])
+def test_gather_and_its_gradient(lengths: tuple[int, ...]) -> None:
+    whole = torch.randn(2, sum(lengths), 2, 3)
+    parts = [torch.randn(2, sum(lengths), 2, 3) for _ in lengths]
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        x = shards(whole, 1, lengths)[rank]
+        route = gather_route(x.shape, 1, lengths)
+        torch.testing.assert_close(join(exchange, x, route), whole, rtol=0, atol=0)
+        total = join(exchange, parts[rank], route.back())
+        torch.testing.assert_close(total, shards(sum(parts), 1, lengths)[rank], rtol=1e-6, atol=1e-6)  # type: ignore[arg-type]
+
+    run_ranks(len(lengths), 4096, work)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (7, 2, 5)])
+def test_ring_fetches_from_one_and_sends_home(lengths: tuple[int, ...], is_causal: bool) -> None:
+    """A step's keys come from their owner; nobody but who takes part is waited for."""
+    size = len(lengths)
+    whole = torch.randn(1, sum(lengths), 2, 3)
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        x, own = shards(whole, 1, lengths)[rank], lengths
+        if is_causal:
+            x = join(exchange, x, regroup_route(x.shape, 1, lengths, rank))
+        stacked = torch.stack((x, -x))
+        for step in ring_steps(rank, x.shape[1], own, x.shape, is_causal=is_causal)[1:]:
+            assert step.fetch is not None
+            keys = join(exchange, stacked, step.fetch)
+            seen = torch.cat([whole[:, first:last] for first, last in step.columns], dim=1)
+            torch.testing.assert_close(keys, torch.stack((seen, -seen)), rtol=0, atol=0)
+            home = join(exchange, keys, step.fetch.back())
+            count = next(last for part in step.fetch.send.parts for _, last in part) if any(step.fetch.send.parts) else 0
+            torch.testing.assert_close(home[:, :, :count], stacked[:, :, :count], rtol=0, atol=0)
+
+    memories = run_ranks(size, 8192, work)
+    assert all(peer != memory.rank for memory in memories for peer, _ in memory.waited)
+
+
+def test_routes_of_all_ranks_agree_on_what_is_sent() -> None:
+    lengths, heads = (5, 0, 2), share_heads(4, 2, 3)
+    for of_rank in (
+        lambda rank: head_route((2, lengths[rank], 4, 8), heads.query, lengths, rank),
+        lambda rank: token_route((2, sum(lengths), heads.query[rank][1] - heads.query[rank][0], 8), heads.query, lengths, rank),
+        lambda rank: gather_route((2, lengths[rank], 4, 8), 1, lengths),
+        lambda rank: regroup_route((2, lengths[rank], 4, 8), 1, lengths, rank),
+    ):
+        routes = [of_rank(rank) for rank in range(3)]
+        assert len({route.counts for route in routes}) == 1
+        for rank, route in enumerate(routes):
+            received = torch.Size(route.shape).numel()
+            assert sum(row[rank] for row in route.counts) == received
+            assert route.back().counts[rank] == tuple(row[rank] for row in route.counts)
