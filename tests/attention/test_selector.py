@@ -114,6 +114,12 @@ def test_a_named_backend_that_cannot_run_raises_with_every_reason(qkv) -> None:
 def test_no_attention_names_no_implementation(qkv) -> None:
     with pytest.raises(BackendUnavailable, match="names no implementation"):
         attention(*qkv, backend=AttentionBackendEnum.NO_ATTENTION)
+    supported = (AttentionBackendEnum.NO_ATTENTION,)
+    with pytest.raises(BackendUnavailable, match="names no implementation"):
+        LocalAttention(4, 16, supported_attention_backends=supported)(*qkv)
+    with pytest.raises(BackendUnavailable, match="names no implementation"):
+        get_attn_backend(64, torch.float32, supported)
+    assert get_attn_backend(64, torch.float32, (*supported, AttentionBackendEnum.TORCH_SDPA)).get_name() == "TORCH_SDPA"
 
 
 def test_unknown_names_come_with_close_matches(qkv) -> None:

@@ -15,6 +15,7 @@ from fastvideo.attention import (
     UnknownBackend,
     register_attn_backend,
 )
+from fastvideo.attention.registry import BackendLoadError
 from fastvideo.integrations import AttentionPolicy, Place, Plan, Rule
 from fastvideo.integrations.intervals import contains, describe_intervals, parse_intervals
 from fastvideo.integrations.plan import build_metadata
@@ -184,6 +185,9 @@ def test_rules_are_checked_where_they_are_written() -> None:
         AttentionPolicy(rules=Rule(backend="TORCH_SDPA"))
     with pytest.raises(UnknownBackend):
         AttentionPolicy("SDPA_TORCH_9")
+    for policy in (AttentionPolicy("NO_ATTENTION"), AttentionPolicy(rules=[Rule(backend="NO_ATTENTION")])):
+        with pytest.raises(BackendLoadError, match="names no implementation"):
+            Plan.resolve(policy, PLACES, model_name="Model")
 
 
 def test_policies_are_data() -> None:

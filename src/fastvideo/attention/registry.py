@@ -156,9 +156,11 @@ def load_backend(name: str) -> type[AttentionBackend]:
     """Import and return the class behind a name of the registry.
 
     Raises:
-        BackendLoadError: Its module can't be imported or lacks the class, or that is no complete subclass of
-            `AttentionBackend`.
+        BackendLoadError: It is `NO_ATTENTION`, its module can't be imported or lacks the class, or that is no complete
+            subclass of `AttentionBackend`.
     """
+    if name == AttentionBackendEnum.NO_ATTENTION.name:
+        raise BackendLoadError(f"{name} names no implementation; name a backend that computes attention, or none")
     entry = registered_backends()[name]
     backend = _import_target(entry.target) if isinstance(entry.target, str) else entry.target
     if not (inspect.isclass(backend) and issubclass(backend, AttentionBackend)):

@@ -126,6 +126,7 @@ def apply(
             fit it.
         NotImplementedError: The model can't share its tokens over devices.
         UnknownBackend: No backend has that name.
+        BackendLoadError: A backend that is named has no class that can be had, as `NO_ATTENTION` has none.
 
     Example:
         >>> import torch
