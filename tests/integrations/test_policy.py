@@ -19,6 +19,7 @@ from fastvideo.attention.registry import BackendLoadError
 from fastvideo.integrations import AttentionPolicy, Place, Plan, Rule
 from fastvideo.integrations.intervals import contains, describe_intervals, parse_intervals
 from fastvideo.integrations.plan import build_metadata
+from fastvideo.integrations.policy import as_policy
 
 PLACES = [Place(f"blocks.{i}.attn{j}", role, i) for i in range(6) for j, role in ((1, "self"), (2, "cross"))]
 WITH_TEXT = [Place("refiner.0", "text"), *(Place(f"blocks.{i}", "self", i) for i in range(3))]
@@ -53,14 +54,14 @@ def test_sets_of_numbers(written, intervals, shown) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", [-1, "", "a", "3-1", "1-2-3", slice(-5, None), slice(None, -1), slice(0, 9, 2), range(0), []]
+    "written", [-1, "", "a", "²", "3-1", "1-2-3", slice(-5, None), slice(None, -1), slice(0, 9, 2), range(0), []]
 )
 def test_sets_that_mean_nothing_are_refused(written) -> None:
     with pytest.raises(ValueError, match="layers"):
         parse_intervals("layers", written)
 
 
-@pytest.mark.parametrize("written", [True, 1.5, [1, "2"], [True]])
+@pytest.mark.parametrize("written", [True, 1.5, [1, "2"], [True], slice("a", None), slice(0, 2.5)])
 def test_sets_of_wrong_types_are_refused(written) -> None:
     with pytest.raises(TypeError, match="layers"):
         parse_intervals("layers", written)
@@ -139,7 +140,15 @@ def test_text_is_addressed_by_its_role_alone() -> None:
             "rule 1, .* never applies",
         ),
         (lambda: AttentionPolicy("VIDEO_SPARSE_ATTN"), "the default VIDEO_SPARSE_ATTN needs metadata"),
-        (lambda: AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN")]), "VSA_sparsity"),
+        (
+            lambda: AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", tile_tyx=(2, 2, 2))]),
+            "lacks sparsity, without which VIDEO_SPARSE_ATTN can't run",
+        ),
+        (lambda: AttentionPolicy(rules=[Rule(role="self", backend="SLIDING_TILE_ATTN")]), "lacks window_tyx"),
+        (
+            lambda: AttentionPolicy(rules=[Rule(role="self", options={"patch_size": (1, 1, 1)}, **VSA)]),
+            r"\['patch_size'\] follow from the model's call",
+        ),
         (lambda: AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=1.0)]), "sparsity"),
         (lambda: AttentionPolicy(rules=[Rule(role="self", backend="TORCH_SDPA", sparsity=0.5)]), "takes no options"),
         (
@@ -179,8 +188,14 @@ def test_rules_are_checked_where_they_are_written() -> None:
     assert AttentionPolicy(rules=(Rule(**VSA) for _ in range(2))).rules == (Rule(**VSA),) * 2
     with pytest.raises(TypeError, match="list of Rule"):
         AttentionPolicy(rules=3)
-    with pytest.raises(TypeError, match="options"):
-        Rule(backend="TORCH_SDPA", options=[1])
+    for options in ([1], {1: 2}):
+        with pytest.raises(TypeError, match="options"):
+            Rule(backend="TORCH_SDPA", options=options)
+    with pytest.raises(ValueError, match="both give the builder's VSA_sparsity"):
+        Rule(options={"VSA_sparsity": 0.9}, **VSA)
+    for policy in (Rule(**VSA), [Rule(**VSA)]):
+        with pytest.raises(TypeError, match=r"write AttentionPolicy\(rules"):
+            as_policy(policy)
     with pytest.raises(TypeError, match="list of Rule"):
         AttentionPolicy(rules=Rule(backend="TORCH_SDPA"))
     with pytest.raises(UnknownBackend):
@@ -236,5 +251,5 @@ def test_a_third_partys_builder_gets_what_it_names() -> None:
     assert (metadata.current_timestep, metadata.seen) == (3, ((1, 2, 2), 2.0))
     for options in ({"strength": -1.0}, {"strength": 1.0, "colour": 1}, {}):
         bad = AttentionPolicy(rules=[Rule(role="self", backend="THIRD_PARTY_POLICY", options=options)])
-        with pytest.raises(ValueError, match="can't be built with"):
+        with pytest.raises(ValueError, match="lacks options"):
             Plan.resolve(bad, PLACES, model_name="Model")

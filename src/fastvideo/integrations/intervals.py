@@ -46,6 +46,8 @@ def parse_intervals(name: str, numbers: Numbers) -> Intervals:
     elif isinstance(numbers, (slice, range)):
         if numbers.step not in (None, 1):
             raise ValueError(f"expected {name} without a stride, got {numbers!r}; list the numbers instead")
+        if not all(end is None or type(end) is int for end in (numbers.start, numbers.stop)):
+            raise TypeError(f"expected {name} between integers, got {numbers!r}")
         found = [(numbers.start or 0, numbers.stop)]
     elif isinstance(numbers, Sequence) and all(type(number) is int for number in numbers):
         found = [(int(number), int(number) + 1) for number in numbers]
@@ -74,7 +76,7 @@ def _merge(intervals: list[tuple[int, int | None]]) -> Intervals:
 def _parse_part(name: str, part: str, whole: str) -> tuple[int, int | None]:
     first, dash, last = (piece.strip() for piece in part.strip().partition("-"))
     is_open = bool(dash) and not last
-    if not first.isdigit() or not (last.isdigit() or is_open or not dash):
+    if not first.isdecimal() or not (last.isdecimal() or is_open or not dash):
         raise ValueError(f"expected {name} like '3', '0-3', '5-' or a list of these with commas, got {whole!r}")
     if is_open:
         return int(first), None

@@ -19,10 +19,13 @@ from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.attention.registry import BackendLoadError, load_backend, registered_backends
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.integrations.intervals import contains, describe_intervals
-from fastvideo.integrations.policy import AUTO, AttentionPolicy, Rule, describe_choice, format_rows
+from fastvideo.integrations.policy import AUTO, OPTIONS, AttentionPolicy, Rule, describe_choice, format_rows
 from fastvideo.platforms import current_platform
 
 __all__ = ["Choice", "Place", "Plan", "build_metadata", "exact_backends"]
+
+_GENERAL = ("current_timestep", "raw_latent_shape", "patch_size", "device")
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,16 @@ def _structural_reasons(name: str, **change: Any) -> tuple[str, ...]:
 
 
 def _try_options(name: str, rule: Rule, where: str) -> None:
+    fields = {argument: field for field, argument in OPTIONS.items()}
+    parameters = inspect.signature(load_backend(name).get_builder_cls()().build).parameters
+    given = {*rule.builder_options, *_GENERAL}
+    lacking = [
+        fields.get(parameter.name, f"options={{{parameter.name!r}: ...}}")
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty and parameter.kind not in _REST and parameter.name not in given
+    ]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}, without which {name} can't run")
     try:
         metadata = build_metadata(name, rule.builder_options, 0, (8, 8, 8), (1, 1, 1), "cpu")
     except (TypeError, ValueError) as error:
@@ -244,7 +257,7 @@ def build_metadata(
         device: Where the model runs.
 
     Raises:
-        TypeError: The builder takes none of a name in `options`.
+        TypeError: The builder takes none of a name in `options`, or it is the model that says it.
         ValueError: It refuses a value.
 
     Example:
@@ -252,12 +265,10 @@ def build_metadata(
         2
     """
     builder = load_backend(name).get_builder_cls()()
-    general: dict[str, Any] = {
-        "current_timestep": step,
-        "raw_latent_shape": tuple(raw_latent_shape),
-        "patch_size": tuple(patch_size),
-        "device": device,
-    }
+    values = (step, tuple(raw_latent_shape), tuple(patch_size), device)
+    general: dict[str, Any] = dict(zip(_GENERAL, values, strict=True))
+    if told := sorted(set(options).intersection(general)):
+        raise TypeError(f"{told} follow from the model's call; leave them out of the options")
     parameters = inspect.signature(builder.build).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     known = {key: value for key, value in general.items() if takes_any or key in parameters}

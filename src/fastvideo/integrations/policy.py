@@ -15,7 +15,7 @@ from fastvideo.attention.registry import backend_name
 from fastvideo.attention.selector import BackendWish
 from fastvideo.integrations.intervals import Intervals, Numbers, contains, describe_intervals, parse_intervals
 
-__all__ = ["AUTO", "ROLES", "AttentionPolicy", "Rule", "as_policy"]
+__all__ = ["AUTO", "OPTIONS", "ROLES", "AttentionPolicy", "Rule", "as_policy"]
 
 ROLES = ("self", "cross", "text")
 """`self`: video tokens see each other, and the text tokens that the model joins to them. `cross`: video tokens see the tokens
@@ -23,6 +23,9 @@ of a text or an image that stand apart. `text`: text tokens see each other befor
 
 AUTO = "auto"
 """The fastest exact backend that accepts a call, or what scope and environment ask for."""
+
+OPTIONS = {"sparsity": "VSA_sparsity", "tile_tyx": "tile_tyx", "window_tyx": "STA_window"}
+"""Fields of a rule that are arguments of metadata builders, and their names there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,8 @@ class Rule:
 
     Raises:
         TypeError: A type is wrong.
-        ValueError: A role is unknown, a set of layers or steps is empty, the sparsity is out of range, or options come without
-            a backend that takes any.
+        ValueError: A role is unknown, a set of layers or steps is empty, the sparsity is out of range, a field and `options`
+            give the same argument, or options come without a backend that takes any.
         UnknownBackend: No backend has that name.
 
     Example:
@@ -75,6 +78,11 @@ class Rule:
             raise ValueError(f"expected sparsity in [0, 1), got {self.sparsity}")
         if not isinstance(self.options, Mapping):
             raise TypeError(f"expected options as a mapping from name to value, got {self.options!r}")
+        if not all(isinstance(name, str) for name in self.options):
+            raise TypeError(f"expected the names of options as strings, got {dict(self.options)!r}")
+        for field_name, name in OPTIONS.items():
+            if getattr(self, field_name) is not None and name in self.options:
+                raise ValueError(f"{field_name} and options[{name!r}] both give the builder's {name}; leave out one")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "_layers", parse_intervals("layers", self.layers))
         object.__setattr__(self, "_steps", parse_intervals("steps", self.steps))
@@ -94,7 +102,7 @@ class Rule:
     @property
     def builder_options(self) -> dict[str, Any]:
         """What the rule adds to the arguments of the backend's metadata builder, by the builder's names."""
-        named = {"VSA_sparsity": self.sparsity, "tile_tyx": self.tile_tyx, "STA_window": self.window_tyx}
+        named = {name: getattr(self, field_name) for field_name, name in OPTIONS.items()}
         return {**{name: value for name, value in named.items() if value is not None}, **self.options}
 
     def addresses(self, role: str, layer: int | None) -> bool:
@@ -191,12 +199,15 @@ def as_policy(attention: AttentionPolicy | BackendWish) -> AttentionPolicy:
     """Return a policy as it is, and a backend's name as the policy that runs it everywhere.
 
     Raises:
+        TypeError: It is neither, as a rule without its policy.
         UnknownBackend: No backend has that name.
 
     Example:
         >>> as_policy("TORCH_SDPA").default
         'TORCH_SDPA'
     """
+    if isinstance(attention, Rule) or (isinstance(attention, Sequence) and not isinstance(attention, str)):
+        raise TypeError(f"expected a policy, a backend's name or 'auto', got {attention!r}; write AttentionPolicy(rules=[...])")
     return attention if isinstance(attention, AttentionPolicy) else AttentionPolicy(default=attention)
 
 
