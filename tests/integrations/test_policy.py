@@ -249,7 +249,12 @@ def test_a_third_partys_builder_gets_what_it_names() -> None:
     Plan.resolve(AttentionPolicy(rules=[rule]), PLACES, model_name="Model")
     metadata = build_metadata("THIRD_PARTY_POLICY", rule.builder_options, 3, (4, 4, 4), (1, 2, 2), "cpu")
     assert (metadata.current_timestep, metadata.seen) == (3, ((1, 2, 2), 2.0))
-    for options in ({"strength": -1.0}, {"strength": 1.0, "colour": 1}, {}):
+    unfit = "options that its metadata can't be built with"
+    for options, message in (
+        ({"strength": -1.0}, unfit),
+        ({"strength": 1.0, "colour": 1}, unfit),
+        ({}, r"lacks options=\{'stre"),
+    ):
         bad = AttentionPolicy(rules=[Rule(role="self", backend="THIRD_PARTY_POLICY", options=options)])
-        with pytest.raises(ValueError, match="lacks options"):
+        with pytest.raises(ValueError, match=message):
             Plan.resolve(bad, PLACES, model_name="Model")
