@@ -292,6 +292,9 @@ def test_what_is_not_known_is_refused() -> None:
     apply(model)
     with pytest.raises(ValueError, match="parallel=mesh"):
         model.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(ValueError, match="name a backend there"):
+        model.set_attention_backend("native")
+    model.reset_attention_backend()
     model.blocks[0].attn1.processor = diffusers.models.transformers.transformer_wan.WanAttnProcessor()
     with pytest.raises(RuntimeError, match=r"blocks.0.attn1 .* another processor, WanAttnProcessor, after apply"):
         call(model, CASES["wan"].inputs())
@@ -387,6 +390,9 @@ def test_a_new_family_can_be_added() -> None:
         model_classes = ("WanTransformer3DModel",)
 
     with pytest.raises(ValueError, match="belongs to the family 'Wan' already"):
+        register_family(Other())
+    Other.model_classes = "PlainModel"
+    with pytest.raises(TypeError, match="model_classes, a tuple of names, got 'PlainModel'"):
         register_family(Other())
 
 

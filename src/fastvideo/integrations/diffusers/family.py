@@ -46,6 +46,19 @@ class Processor:
                 "apply(..., parallel=mesh), or call remove(...) before enable_parallelism"
             )
 
+    @property
+    def _attention_backend(self) -> None:
+        """diffusers' `set_attention_backend` sets this where it finds it, and is silent where it doesn't."""
+        return None
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: object) -> None:
+        if backend is not None:
+            raise ValueError(
+                "this model's attention runs by fastvideo.integrations.diffusers.apply; name a backend there, as in "
+                "apply(model, 'TORCH_SDPA'), or call remove(...) before set_attention_backend"
+            )
+
 
 @dataclass(frozen=True)
 class Site:
@@ -181,7 +194,7 @@ def register_family(family: Family) -> None:
         family: An instance of a subclass of `Family`.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is none, or lacks `name` or `model_classes`.
         ValueError: One of its model classes is known already, by another class of family.
 
     Example:
@@ -192,6 +205,9 @@ def register_family(family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise TypeError(f"expected an instance of a subclass of Family, got {family!r}")
+    classes = getattr(family, "model_classes", None)
+    if not (isinstance(getattr(family, "name", None), str) and isinstance(classes, (tuple, list)) and classes):
+        raise TypeError(f"expected {type(family).__name__} to have a name and model_classes, a tuple of names, got {classes!r}")
     for name in family.model_classes:
         known = _REGISTERED.get(name)
         if name in _BUILT_INS or (known is not None and type(known).__qualname__ != type(family).__qualname__):
