@@ -121,7 +121,7 @@ def gated_tiles_bwd_kernel(
 
 def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -> None:
     batch, num_tiles, num_heads, head_size = coarse.shape
-    kernel[(num_tiles, triton.cdiv(num_heads * head_size, _COLUMNS), batch)](
+    kernel[(num_tiles, -(-num_heads * head_size // _COLUMNS), batch)](
         coarse=coarse.contiguous(),
         order=layout.order,
         offsets=layout.offsets,
@@ -129,7 +129,7 @@ def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -
         HEADS=num_heads,
         HEAD_SIZE=head_size,
         TILE=layout.max_size,
-        ROWS=min(_ROWS, triton.next_power_of_2(layout.max_size)),
+        ROWS=min(_ROWS, 1 << (layout.max_size - 1).bit_length()),
         COLUMNS=_COLUMNS,
         num_warps=4,
         **arguments,

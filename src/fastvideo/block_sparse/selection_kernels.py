@@ -99,7 +99,7 @@ def launch_scores(query: Tensor, key: Tensor, scores: Tensor, first_list: int, f
     """Fill `scores`, `[lists, rows, N]`, from means `[B, N, Hq, D]` and `[B, N, Hkv, D]`; a list is a head of a sample."""
     num_lists, num_rows, num_tiles = scores.shape
     num_heads, head_size = query.shape[2:]
-    num_programs = num_lists * triton.cdiv(num_rows, _BLOCK) * triton.cdiv(num_tiles, _BLOCK)
+    num_programs = num_lists * -(-num_rows // _BLOCK) * -(-num_tiles // _BLOCK)
     coarse_scores_kernel[(num_programs,)](
         query,
         key,
@@ -114,7 +114,7 @@ def launch_scores(query: Tensor, key: Tensor, scores: Tensor, first_list: int, f
         GROUP=num_heads // key.shape[2],
         HEAD_SIZE=head_size,
         BLOCK=_BLOCK,
-        BLOCK_D=min(_BLOCK_D, max(16, triton.next_power_of_2(head_size))),
+        BLOCK_D=min(_BLOCK_D, max(16, 1 << (head_size - 1).bit_length())),
         PRECISION="ieee" if torch.version.hip else "tf32x3",
         num_warps=4,
         num_stages=2,
@@ -134,6 +134,6 @@ def launch_top_k(scores: Tensor, indices: Tensor) -> None:
         indices,
         num_columns,
         indices.shape[1],
-        COLUMNS=max(32, triton.next_power_of_2(num_columns)),
+        COLUMNS=max(32, 1 << (num_columns - 1).bit_length()),
         num_warps=top_k_warps(num_columns),
     )

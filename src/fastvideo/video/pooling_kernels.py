@@ -51,7 +51,7 @@ def tile_sum_kernel(
 def launch_tile_sum(x: Tensor, order: Tensor, offsets: Tensor, max_size: int, sums: Tensor) -> None:
     """Fill `sums`, `[B, N, H, D]` fp32 contiguous, from `[B, S, H, D]` whose last dimension is contiguous."""
     batch, num_tiles, num_heads, head_size = sums.shape
-    tile_sum_kernel[(num_tiles, triton.cdiv(num_heads * head_size, _COLUMNS), batch)](
+    tile_sum_kernel[(num_tiles, -(-num_heads * head_size // _COLUMNS), batch)](
         x,
         order,
         offsets,
@@ -61,7 +61,7 @@ def launch_tile_sum(x: Tensor, order: Tensor, offsets: Tensor, max_size: int, su
         HEADS=num_heads,
         HEAD_SIZE=head_size,
         TILE=max_size,
-        ROWS=min(_ROWS, triton.next_power_of_2(max_size)),
+        ROWS=min(_ROWS, 1 << (max_size - 1).bit_length()),
         COLUMNS=_COLUMNS,
         num_warps=4,
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout
@@ -137,7 +136,7 @@ def plan_marks(marks: Tensor, own: PackedLayout, walked: PackedLayout, num_liste
     meta = torch.zeros(heads, own.max_blocks, 6, dtype=torch.int32, device=marks.device)
     used = torch.zeros(heads, 2, dtype=torch.int32, device=marks.device)
     num_pieces = walked.layout.num_tiles * walked.pieces
-    chunk = min(_CHUNK, max(64, triton.next_power_of_2(num_pieces)))
+    chunk = min(_CHUNK, max(64, 1 << (num_pieces - 1).bit_length()))
     plan_marks_kernel[(heads * own.max_blocks,)](
         marks,
         own.block_tiles,

@@ -42,7 +42,7 @@ def fill_queues(plan: Plan, own: PackedLayout, heads: int, group: int, num_queue
     # A queue lets at most two thirds of the rows pass, and takes all others at most.
     queues = torch.empty(3 * rows, num_queues, dtype=torch.int32, device=device)
     ends = torch.empty(num_queues, dtype=torch.int32, device=device)
-    width = max(32, triton.next_power_of_2(num_queues))
+    width = max(32, 1 << (num_queues - 1).bit_length())
     fill_queues_kernel[(1,)](keys.argsort(), lengths, totals, queues, ends, num_queues, rows, WIDTH=width, num_warps=8)
     return lengths, queues, ends
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -133,7 +132,7 @@ def _walk_keys(query: Tensor, key: Tensor, pattern: BlockPattern, blocks: Blocks
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
-    num_blocks = query_tiles.num_tiles * triton.cdiv(query_tiles.max_size, blocks.m)
+    num_blocks = query_tiles.num_tiles * -(-query_tiles.max_size // blocks.m)
     return num_blocks * query.shape[0] * query.shape[2], arguments
 
 
@@ -170,7 +169,7 @@ def _row_sums(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, layou
     lse_log2 = lse.new_empty(batch, num_heads, num_queries)
     delta = torch.empty_like(lse_log2)
     block = 64
-    kernels.block_sparse_bwd_rows_kernel[(triton.cdiv(num_queries, block) * batch * num_heads,)](
+    kernels.block_sparse_bwd_rows_kernel[(-(-num_queries // block) * batch * num_heads,)](
         out=out,
         dout=dout,
         lse=lse,
@@ -262,7 +261,7 @@ def _launch_dkdv(shared: dict[str, Any], dk: Tensor, dv: Tensor, pattern: BlockP
     inverted = inverted_lists(pattern)
     s_ob, s_oh = _list_strides(inverted.offsets)
     s_ib, s_ih = _list_strides(inverted.query_tiles)
-    num_blocks = key_tiles.num_tiles * triton.cdiv(key_tiles.max_size, blocks.n)
+    num_blocks = key_tiles.num_tiles * -(-key_tiles.max_size // blocks.n)
     kernels.block_sparse_bwd_dkdv_kernel[(num_blocks * batch * kv_heads,)](
         **shared,
         dkey=dk,
