@@ -176,6 +176,46 @@ BREAKAGES = {
     "no weights": (lambda path: (path / "vae" / WEIGHTS).unlink(), "vae/ .* holds no safetensors file"),
     "no config": (lambda path: (path / "transformer" / "config.json").unlink(), "transformer/config.json is missing"),
     "no tokenizer": (lambda path: (path / "tokenizer" / "tokenizer.json").unlink(), "holds none of tokenizer.json"),
+    "no scheduler's config": (
+        lambda path: (path / "scheduler" / "scheduler_config.json").unlink(),
+        "scheduler/scheduler_config.json is missing",
+    ),
+    "no tokenizer's config": (
+        lambda path: (path / "tokenizer" / "tokenizer_config.json").unlink(),
+        "tokenizer/tokenizer_config.json is missing",
+    ),
+    "broken tokenizer": (
+        lambda path: (path / "tokenizer" / "tokenizer.json").write_text("{"),
+        "tokenizer.json is no JSON",
+    ),
+    "no list for an object": (
+        lambda path: (path / "scheduler" / "scheduler_config.json").write_text("[]"),
+        "scheduler_config.json must hold a JSON object",
+    ),
+    "a component that is null": (
+        lambda path: reindex(path, {"transformer": [None, None]}),
+        "model_index.json names no transformer or transformer_2",
+    ),
+    "a class that isn't there": (
+        lambda path: reindex(path, {"vae": ["diffusers", "AutoencoderOfNobody"]}),
+        "can't be loaded as a WanPipeline .*AutoencoderOfNobody",
+    ),
+    "a folder for a file": (
+        lambda path: [(path / "vae" / WEIGHTS).unlink(), (path / "vae" / WEIGHTS).mkdir()],
+        "is no whole safetensors file",
+    ),
+    "numbers for shards": (
+        lambda path: (path / "transformer" / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"x": 3}}'),
+        "has no weight_map from weights to files",
+    ),
+    "another model's text encoder": (
+        lambda path: shutil.copy(path / "vae" / WEIGHTS, path / "text_encoder" / "model.safetensors"),
+        r"weights of UMT5EncoderModel are missing: encoder\.",
+    ),
+    "a VAE with a weight too many": (
+        lambda path: rewrite(path, lambda weights: {**weights, "decoder.extra": torch.zeros(2)}, "vae"),
+        r"weights of AutoencoderKLWan would be dropped.*decoder\.extra",
+    ),
     "half a file": (
         lambda path: (path / "transformer" / WEIGHTS).write_bytes((path / "transformer" / WEIGHTS).read_bytes()[:-100]),
         "is no whole safetensors file",
@@ -195,8 +235,13 @@ BREAKAGES = {
 }
 
 
-def rewrite(path: Path, change) -> None:
-    file = path / "transformer" / WEIGHTS
+def reindex(path: Path, changes: dict) -> None:
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps({**index, **changes}))
+
+
+def rewrite(path: Path, change, component: str = "transformer") -> None:
+    file = path / component / WEIGHTS
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 

@@ -226,6 +226,9 @@ def test_a_dense_folder_becomes_a_sparse_model_but_gates_are_never_dropped(tmp_p
 def test_unknown_and_missing_weights_are_refused(tmp_path):
     model = build()
     weights = model.state_dict()
+    headless = {name: weights[name] for name in weights if name != "proj_out.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*proj_out\.weight"):
+        WanTransformer3DModel.from_weights(TINY.to_dict(), headless, attention="vsa")
     with pytest.raises(RuntimeError, match=r"Missing key.*proj_out\.bias"):
         model.load_state_dict({name: weights[name] for name in weights if name != "proj_out.bias"})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):

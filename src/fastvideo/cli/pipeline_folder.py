@@ -25,6 +25,8 @@ IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 _INSTALL = "pip install 'fastvideo-attention[pipelines]'"
 _TOKENIZER = re.compile(r"Tokenizer")
 _WITHOUT_WEIGHTS = re.compile(r"Scheduler$|Tokenizer|Processor(Fast|Pil)?$|Extractor$")
+# What names a component's class or sizes, where it isn't config.json.
+_CONFIGS = ((re.compile(r"Scheduler$"), "scheduler_config.json"), (_TOKENIZER, "tokenizer_config.json"))
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer.model")
 # Pipelines of other packages whose folders are laid out as one of diffusers'.
 _LAID_OUT_AS = {"WanDMDPipeline": "WanPipeline"}
@@ -97,13 +99,17 @@ def _check_component(folder: Path, class_name: str) -> frozenset[str]:
     """Return the names of a component's weights; none for one without."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.name}/ ({class_name}) is missing")
+    for kind, config in _CONFIGS:
+        if kind.search(class_name) and not (folder / config).is_file():
+            raise FileNotFoundError(f"{folder.name}/{config} is missing")
     if _TOKENIZER.search(class_name) and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder.name}/ ({class_name}) holds none of {', '.join(_TOKENIZER_FILES)}")
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
     if _WITHOUT_WEIGHTS.search(class_name):
         return frozenset()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder.name}/config.json is missing")
-    read_json(folder / "config.json")
     files = {path for index in folder.glob("*.safetensors.index.json") for path in indexed_files(index)}
     files |= set(folder.glob("*.safetensors"))
     if not files:
@@ -122,7 +128,7 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
     Raises:
         ImportError: diffusers or transformers is missing.
         NotImplementedError: diffusers has no such pipeline, or gates stand in a transformer that isn't Wan's.
-        ValueError: Weights would be dropped, or made up.
+        ValueError: A component can't be loaded or is absent, or weights would be dropped, or made up.
     """
     try:
         import accelerate  # noqa: F401  # diffusers' own message doesn't say what to install
@@ -144,22 +150,48 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
     # An optional component that is None isn't loaded.
     instead = dict.fromkeys(folder.gated)
     dtypes = {"default": dtype} | {name: torch.float32 for name in ("vae", "image_encoder") if name in folder.weights}
-    pipe = pipeline_cls.from_pretrained(str(folder.path), dtype=dtypes, local_files_only=True, **instead)
+    try:
+        pipe = pipeline_cls.from_pretrained(str(folder.path), dtype=dtypes, local_files_only=True, **instead)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder.path} can't be loaded as a {folder.class_name} ({error}); copy it again") from error
     for name in folder.gated:
         model = WanTransformer3DModel.load(folder.path / name, dtype=dtype)
         pipe.register_modules(**{name: WanInPipeline(model)})
+    _check_all_there(folder, pipe)
     for name, component in pipe.components.items():
-        if name.startswith("transformer") and name not in folder.gated and component is not None:
+        if name not in folder.gated and isinstance(component, torch.nn.Module):
             _check_all_used(folder.path / name, component, folder.weights[name])
     return pipe.to(device)
 
 
-def _check_all_used(folder: Path, model: torch.nn.Module, stored: frozenset[str]) -> None:
-    """Raise where diffusers dropped weights or made some up, which it only logs."""
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    known = set(model.state_dict())
-    dropped = sorted(name for name in stored - known if not any(re.search(pattern, name) for pattern in ignored))
-    made_up = sorted(known - stored)
+def _check_all_there(folder: PipelineFolder, pipe: Any) -> None:
+    """Raise where a component that every sampler calls is absent; diffusers fails at its first use."""
+    optional = getattr(pipe, "_optional_components", ())
+    absent = [name for name, component in pipe.components.items() if component is None and name not in optional]
+    models = [name for name in pipe.components if name.startswith("transformer")]
+    if models and all(getattr(pipe, name) is None for name in models):
+        absent.append(" or ".join(models))
+    if absent:
+        raise ValueError(
+            f"{folder.path / MODEL_INDEX} names no {', no '.join(absent)}; copy the whole {folder.class_name} again"
+        )
+
+
+def _check_all_used(folder: Path, model: Any, stored: frozenset[str]) -> None:
+    """Raise where weights were dropped or made up, which diffusers and transformers only log."""
+    from transformers import PreTrainedModel
+
+    dropped: list[str] = []
+    if isinstance(model, PreTrainedModel):
+        # transformers ties and renames weights, and knows itself what it lacked; on "meta" it reads headers alone.
+        model_cls: Any = type(model)
+        _, found = model_cls.from_pretrained(folder, device_map="meta", output_loading_info=True, local_files_only=True)
+        made_up = sorted(found["missing_keys"])
+    else:
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        known = set(model.state_dict())
+        dropped = sorted(name for name in stored - known if not any(re.search(pattern, name) for pattern in ignored))
+        made_up = sorted({name for name, _ in model.named_parameters()} - stored)
     for names, what in ((dropped, "would be dropped: its class has no place for them"), (made_up, "are missing")):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -136,8 +136,8 @@ def indexed_files(index: Path) -> list[Path]:
         ValueError: The index is broken.
     """
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no weight_map; copy it again.")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files; copy it again.")
     files = [index.parent / name for name in sorted(set(places.values()))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; copy it again.")
@@ -156,7 +156,7 @@ def read_header(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}); copy it again.") from error
 
 

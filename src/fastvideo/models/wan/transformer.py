@@ -258,7 +258,7 @@ class WanTransformer3DModel(nn.Module):
             model = cls(config)
         kept = dict(weights)
         if config.has_gate and not stored_gate:
-            like = kept["proj_out.weight"]
+            like = kept.get("proj_out.weight", torch.empty(0))  # without one, the weights are refused below
             for name in gate_names(model.state_dict()):
                 kept[name] = torch.zeros(model.get_parameter(name).shape, dtype=like.dtype, device=like.device)
         model.load_state_dict(kept if dtype is None else cast_weights(kept, dtype), strict=True, assign=True)
