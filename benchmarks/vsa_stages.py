@@ -40,23 +40,23 @@ def stages(shape: BenchmarkShape, tile_tyx: tuple[int, int, int], impl: str | No
     leaves = inputs.leaves(has_gate=True, needs_grad=True)
     layer = partial(video_sparse_attention, grid_tyx=shape.grid_tyx, sparsity=shape.sparsity, tile_tyx=tile_tyx, impl=impl)
     out = layer(*leaves[:3], gate=leaves[3])
-    means = tile_means((query, key, value), geometry)
-    mean_leaves = [x.detach().requires_grad_() for x in means]
-    coarse = coarse_attention(mean_leaves, scale, query.dtype)
+    means = tile_means(query, key, value, geometry, scale)
+    mean_leaves = [x.detach().requires_grad_() for x in means.low]
+    coarse = coarse_attention(mean_leaves)
     dcoarse = torch.randn_like(coarse)
 
     def coarse_stage() -> None:
-        means = tile_means((query, key, value), geometry)
-        coarse_attention(means, scale, query.dtype)
-        select_tiles(means[0] * scale, means[1], num_kept)
+        means = tile_means(query, key, value, geometry, scale)
+        coarse_attention(means.low)
+        select_tiles(means.query, means.key, num_kept, scale)
 
     return {
         "layer forward": torch.no_grad()(partial(layer, query, key, value, gate=gate)),
         "layer backward": partial(torch.autograd.grad, out, leaves, inputs.dout, retain_graph=True),
         "coarse stage": coarse_stage,
-        "  means": partial(tile_means, (query, key, value), geometry),
-        "  scores and choice": lambda: select_tiles(means[0] * scale, means[1], num_kept),
-        "  coarse attention": partial(coarse_attention, means, scale, query.dtype),
+        "  means": partial(tile_means, query, key, value, geometry, scale),
+        "  scores and choice": partial(select_tiles, means.query, means.key, num_kept, scale),
+        "  coarse attention": partial(coarse_attention, means.low),
         "  its backward": partial(torch.autograd.grad, coarse, mean_leaves, dcoarse, retain_graph=True),
     }
 

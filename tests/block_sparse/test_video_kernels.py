@@ -37,8 +37,9 @@ def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], n
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    numbers = {"scale": "fp32"}
     signature = {
-        name: "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"
+        name: "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else numbers.get(name, "i32")
         for name in kernel.arg_names
     }
     aligned = [i for i, name in enumerate(kernel.arg_names) if name in pointers or name.startswith("s_")]
@@ -75,17 +76,29 @@ def test_scores_compile_for_hopper(head_size: int, tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["gated_tiles_fwd_kernel", "gated_tiles_bwd_kernel", "tile_sum_kernel"])
-def test_tile_kernels_compile_for_hopper(name: str, tmp_path: Path) -> None:
-    from fastvideo.block_sparse import gate_kernels
+@pytest.mark.parametrize(
+    ("name", "num_narrow"),
+    [
+        ("gated_tiles_fwd_kernel", 1),
+        ("gated_tiles_bwd_kernel", 2),
+        ("tile_sum_kernel", 0),
+        ("tile_means_kernel", 3),
+        ("tile_means_bwd_kernel", 3),
+    ],
+)
+def test_tile_kernels_compile_for_hopper(name: str, num_narrow: int, tmp_path: Path) -> None:
+    from fastvideo.block_sparse import coarse_kernels, gate_kernels
     from fastvideo.video import pooling_kernels
 
-    module = pooling_kernels if name == "tile_sum_kernel" else gate_kernels
+    module = next(module for module in (coarse_kernels, gate_kernels, pooling_kernels) if hasattr(module, name))
     constants = {"HEAD_SIZE": 128, "TILE": 64, "ROWS": module._ROWS, "COLUMNS": module._COLUMNS}
-    pointers = {"order": "i32", "offsets": "i32", "coarse": "fp32", "dcoarse": "fp32", "sums": "fp32"}
-    pointers |= dict.fromkeys(("x", "fine", "gate", "out", "dout", "dgate"), "bf16")
+    pointers = {"order": "i32", "offsets": "i32", "sums": "fp32", "mean_query": "fp32", "mean_key": "fp32"}
+    tensors = ("query", "key", "value")
+    pointers |= dict.fromkeys(("x", "fine", "gate", "out", "dout", "dgate", "coarse", "dcoarse"), "bf16")
+    pointers |= {f"{part}{x}": "bf16" for part in ("", "low_", "d", "dlow_") for x in tensors}
     spilled, ptx = compiled(getattr(module, name), constants, pointers, 4, tmp_path)
     assert spilled <= SPILL_BUDGET
-    # 16 bytes at a time: narrower loads cost these kernels, which do little else, a multiple of their time.
-    assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
-    assert not re.search(r"(ld|st)\.global\S*\.[bu]16", ptx)
+    # Tokens are read and written 16 bytes at a time: narrower loads cost these kernels, which do little else, a multiple of
+    # their time. What exists once a tile, one row for a program, is narrow.
+    assert re.search(r"(st|ld)\.global\S*\.v4\.b32", ptx)
+    assert len(re.findall(r"(?:ld|st)\.global\S*\.[bu]16", ptx)) <= num_narrow

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from fastvideo.block_sparse import coarse as coarse_stage
 from fastvideo.block_sparse import (
     fine_stage,
     keep_tile_lists,
@@ -392,9 +393,13 @@ def test_ops() -> None:
     out, lse = fine_stage._forward_op(*plain, indices, *where)
     torch.library.opcheck(fine_stage._backward_op, (out.sin(), *plain, indices, out, lse, *where))
     torch.library.opcheck(fine_stage._add_gated_op, (out, coarse.detach(), gate.detach(), grid_tyx, tile_tyx))
-    torch.library.opcheck(selection._select_op, (torch.randn(2, 9, 4, 6), torch.randn(2, 9, 2, 6), 3))
+    torch.library.opcheck(selection._select_op, (torch.randn(2, 9, 4, 6), torch.randn(2, 9, 2, 6), 3, -0.5))
     video = query.detach()[:, : math.prod(grid_tyx)].requires_grad_()
     torch.library.opcheck(pooling._tile_sum_op, (video, grid_tyx, tile_tyx))
+    for three in (leaves[:3], [*plain[:2], None]):
+        torch.library.opcheck(coarse_stage._means_op, (*three, grid_tyx, tile_tyx, 0.3))
+    low = coarse_stage._means_op(*plain[:3], grid_tyx, tile_tyx, 0.3)[2:]
+    torch.library.opcheck(coarse_stage._means_backward_op, (*low, grid_tyx, tile_tyx, query.shape[1], 0.3))
     torch.library.opcheck(pooling._tile_expand_op, (coarse.detach(), grid_tyx, tile_tyx, torch.bfloat16))
 
 

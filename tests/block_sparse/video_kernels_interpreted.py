@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastvideo.block_sparse import geometry, selection, selection_kernels, video_sparse_attention
+from fastvideo.block_sparse import coarse, geometry, selection, selection_kernels, video_sparse_attention
 from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_gated
 from fastvideo.block_sparse.selection_kernels import launch_top_k
 from fastvideo.block_sparse.video_sparse import pool_tiles
@@ -112,6 +112,41 @@ def test_tile_means(grid_tyx, tile_tyx, dtype, monkeypatch) -> None:
     monkeypatch.setattr(pooling, "_KERNEL_DTYPES", ())
     torch.testing.assert_close(got, tile_mean(x, grid), rtol=1e-6, atol=1e-5)
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("num_text", [0, 3])
+@pytest.mark.parametrize(("grid_tyx", "tile_tyx"), CASES)
+def test_means_of_three_at_once(grid_tyx, tile_tyx, num_text, dtype, monkeypatch) -> None:
+    layouts = geometry.video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu", num_text)
+    torch.manual_seed(0)
+    rows = layouts.grid.num_tokens + num_text
+    tensors = [surrounded((50 * torch.randn(2, rows, heads, 40)).to(dtype)) for heads in (6, 2, 2)]
+    dlow = [torch.randn(2, layouts.grid.num_tiles, heads, 40).to(dtype).transpose(1, 2).contiguous() for heads in (6, 2, 2)]
+
+    def run() -> tuple[coarse.TileMeans, tuple[torch.Tensor, ...], coarse.TileMeans]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        means = coarse.tile_means(*leaves, layouts, -0.3)
+        grads = torch.autograd.grad(means.low, leaves, [x.transpose(1, 2) for x in dlow])
+        return means, grads, coarse.tile_means(*leaves[:2], None, layouts, -0.3)
+
+    means, grads, alone = run()
+    monkeypatch.setattr(coarse, "_KERNEL_DTYPES", ())
+    expected, expected_grads, _ = run()
+    assert not means.query.requires_grad
+    assert torch.equal(alone.query, means.query)
+    assert torch.equal(alone.key, means.key)
+    for got, wanted, x in zip((means.query, means.key), (expected.query, expected.key), tensors, strict=False):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(got, tile_mean(x[:, : layouts.grid.num_tokens], layouts.grid), rtol=1e-6, atol=1e-5)
+    # Sums in another order may round to the neighbour.
+    rounding = torch.finfo(dtype).eps
+    for got, wanted in zip(means.low, expected.low, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, wanted, rtol=rounding, atol=1e-5)
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def gate_inputs(grid: TileGrid, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -1,45 +1,196 @@
 """The coarse part of Video Sparse Attention: means over the tiles of a video, and dense attention of those.
 
 Means are in fp32 (fp64 for fp64), and so are the scores that choose tiles. Attention of the means multiplies in the dtype of
-the tokens, as any attention of theirs does (`docs/kernels.md` says what fp32 cost there).
+the tokens, as any attention of theirs does (`docs/kernels.md` says what fp32 cost there). One custom op makes both from query,
+key and value at once: on GPUs one Triton kernel reads each token once.
 
-Shape legend: B batch, S video tokens, N tiles, H heads, D head size.
+Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvideo.block_sparse.geometry import VideoGeometry
-from fastvideo.video import tile_mean
+from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
+from fastvideo.platforms.triton_support import device_of, runs_triton
+from fastvideo.video import TileGrid, tile_mean
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def tile_means(inputs: Sequence[Tensor], geometry: VideoGeometry) -> list[Tensor]:
-    """Means over tiles of the video rows of `[B, S + R, H, D]` tensors, `[B, N, H, D]` each, differentiable."""
-    return [tile_mean(x[:, : geometry.grid.num_tokens], geometry.grid, geometry.video_tiles.sizes) for x in inputs]
+class TileMeans(NamedTuple):
+    """What the coarse stage makes of the tokens.
+
+    Attributes:
+        query: `[B, N, Hq, D]` in fp32 (fp64 for fp64), to choose tiles by; passes no gradient.
+        key: `[B, N, Hkv, D]`, likewise.
+        low: What coarse attention multiplies, in the dtype of the tokens, differentiable: means of query times the scale, of
+            key and of value; `()` where there is no gate.
+    """
+
+    query: Tensor
+    key: Tensor
+    low: tuple[Tensor, ...]
 
 
-def coarse_attention(means: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
-    """Attention of the means of query, key and value of tokens in `dtype`.
+def tile_means(query: Tensor, key: Tensor, value: Tensor | None, geometry: VideoGeometry, scale: float) -> TileMeans:
+    """Means over the tiles of the video rows of `[B, S + R, H, D]` tensors; without `value` those that choose alone."""
+    grid = geometry.grid
+    if value is None:
+        with torch.no_grad():
+            mean_query, mean_key = _means_op(query, key, None, grid.grid_tyx, grid.tile_tyx, scale)[:2]
+        return TileMeans(mean_query, mean_key, ())
+    mean_query, mean_key, *low = _means_op(query, key, value, grid.grid_tyx, grid.tile_tyx, scale)
+    return TileMeans(mean_query, mean_key, tuple(low))
+
+
+def lowered(means: Sequence[Tensor], scale: float, dtype: torch.dtype) -> TileMeans:
+    """The same from means `[B, N, H, D]` in fp32 (fp64 for fp64) of query, key and, for a gate, of value."""
+    if len(means) < 3:
+        return TileMeans(means[0].detach(), means[1].detach(), ())
+    # The scale goes into the means before they are rounded: kernels that take the row maximum before scaling need it positive.
+    low = tuple((x * scale if i == 0 else x).to(dtype) for i, x in enumerate(means))
+    return TileMeans(means[0].detach(), means[1].detach(), low)
+
+
+def coarse_attention(low: Sequence[Tensor]) -> Tensor:
+    """Attention of means, `[B, N, Hq, D]` in their dtype.
 
     Args:
-        means: `[B, N, Hq, D]` and twice `[B, N, Hkv, D]`, fp32 (fp64 for fp64); query head `h` meets key head
+        low: `[B, N, Hq, D]`, the query times the scale, and twice `[B, N, Hkv, D]`; query head `h` meets key head
             `h // (Hq // Hkv)`.
-        scale: Factor of the scores, any finite number.
-        dtype: What products are made of.
-
-    Returns:
-        `[B, N, Hq, D]` in the dtype of the means.
     """
-    # The scale goes into the means before they are rounded: kernels that take the row maximum before scaling need it positive.
-    query, key, value = ((x * scale if i == 0 else x).to(dtype).transpose(1, 2) for i, x in enumerate(means))
+    query, key, value = (x.transpose(1, 2) for x in low)
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.device.type != "cpu":
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         is_grouped = False
-    out = F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=is_grouped)
-    return out.transpose(1, 2).to(means[0].dtype)
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=is_grouped).transpose(1, 2)
+
+
+@torch.library.custom_op("fastvideo::tile_means", mutates_args=())
+def _means_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    geometry = geometry_of(grid_tyx, tile_tyx, query.device)
+    if _in_kernels(query):
+        from fastvideo.block_sparse.coarse_kernels import launch_means
+
+        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        value = value if value is None or value.stride(-1) == 1 else value.contiguous()
+        made = _empty_means(query, key, value, geometry.video_tiles.num_tiles)
+        wanted = made if value is not None else (*made[:2], None, None, None)
+        with device_of(query):
+            launch_means(query, key, value, wanted, geometry.video_tiles, scale)
+        return made
+    count, sizes = geometry.grid.num_tokens, geometry.video_tiles.sizes
+    tensors = (query, key) if value is None else (query, key, value)
+    means = [tile_mean(x[:, :count], geometry.grid, sizes) for x in tensors]
+    if value is None:
+        low: list[Tensor] = [query.new_empty(0) for _ in range(3)]
+    else:
+        low = [(x * scale if i == 0 else x).to(query.dtype, copy=True) for i, x in enumerate(means)]
+    return means[0], means[1], low[0], low[1], low[2]
+
+
+def _empty_means(
+    query: Tensor, key: Tensor, value: Tensor | None, num_tiles: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, _, num_heads, head_size = query.shape
+    query_shape, key_shape = (batch, num_tiles, num_heads, head_size), (batch, num_tiles, key.shape[2], head_size)
+    means = query.new_empty(query_shape, dtype=dtype), query.new_empty(key_shape, dtype=dtype)
+    if value is None:
+        return *means, query.new_empty(0), query.new_empty(0), query.new_empty(0)
+    return *means, query.new_empty(query_shape), query.new_empty(key_shape), query.new_empty(key_shape)
+
+
+@_means_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    scale: float,  # noqa: ARG001  # the op's arguments
+) -> tuple[Tensor, ...]:
+    num_tiles = TileGrid((grid_tyx[0], grid_tyx[1], grid_tyx[2]), (tile_tyx[0], tile_tyx[1], tile_tyx[2])).num_tiles
+    return _empty_means(query, key, value, num_tiles)
+
+
+@torch.library.custom_op("fastvideo::tile_means_backward", mutates_args=())
+def _means_backward_op(
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    num_rows: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, `[B, S + R, H, D]`, from those of the low means, `[B, N, H, D]`."""
+    geometry = geometry_of(grid_tyx, tile_tyx, dquery.device)
+    count, low = geometry.grid.num_tokens, (dquery, dkey, dvalue)
+    grads = [x.new_empty(x.shape[0], num_rows, *x.shape[2:]) for x in low]
+    for x in grads if num_rows > count else ():
+        x[:, count:].zero_()
+    if _in_kernels(dquery):
+        from fastvideo.block_sparse.coarse_kernels import launch_means_backward
+
+        with device_of(dquery):
+            launch_means_backward([x.contiguous() for x in low], grads, geometry.video_tiles, scale)
+    else:
+        dtype = torch.float64 if dquery.dtype == torch.float64 else torch.float32
+        sizes = geometry.video_tiles.sizes[:, None, None]
+        for i, (x, grad) in enumerate(zip(low, grads, strict=True)):
+            share = (x.to(dtype) * scale if i == 0 else x.to(dtype)) / sizes
+            grad[:, :count] = share.to(x.dtype).index_select(1, geometry.tile_of_token)
+    return grads[0], grads[1], grads[2]
+
+
+@_means_backward_op.register_fake
+def _(
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    grid_tyx: Sequence[int],  # noqa: ARG001  # the op's arguments
+    tile_tyx: Sequence[int],  # noqa: ARG001
+    num_rows: int,
+    scale: float,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[0], num_rows, *x.shape[2:]) for x in (dquery, dkey, dvalue))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[0], output[1])
+    query, _, _, grid_tyx, tile_tyx, scale = inputs
+    ctx.settings = (grid_tyx, tile_tyx, query.shape[1], scale)
+    ctx.likes = [(x.shape, x.dtype, x.device) for x in output[2:]]
+
+
+def _differentiate(ctx: Any, _dmean_query: None, _dmean_key: None, *dlow: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(x is None for x in dlow):
+        return (None,) * 6
+    given = [
+        torch.zeros(shape, dtype=dtype, device=device) if x is None else x
+        for x, (shape, dtype, device) in zip(dlow, ctx.likes, strict=True)
+    ]
+    return *_means_backward_op(*given, *ctx.settings), *(None,) * 3
+
+
+_means_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _in_kernels(x: Tensor) -> bool:
+    return x.dtype in _KERNEL_DTYPES and runs_triton(x.device)

@@ -43,7 +43,7 @@ def attend_to_tiles(
         query: `[B, S + R, Hq, D]`.
         key: `[B, S + R, Hkv, D]`.
         value: `[B, S + R, Hkv, D]`.
-        coarse: `[B, N, Hq, D]` in fp32 (fp64 for fp64), or None without `gate`.
+        coarse: `[B, N, Hq, D]`, or None without `gate`.
         gate: `[B, S, Hq, D]`, or None.
         indices: `[B, Hq, N, k]` int32, the kept tiles, ascending.
         geometry: Grid, tiles and R.
@@ -249,6 +249,6 @@ def _differentiate_gated(
         with device_of(out):
             launch_gated_backward(out, dout, coarse, gate, geometry.video_tiles, fine, dcoarse, dgate)
         return fine, dcoarse, dgate
-    dcoarse = tile_sum(dout * gate, geometry.grid)
+    dcoarse = tile_sum(dout * gate, geometry.grid).to(coarse.dtype)
     of_token = coarse.to(out.dtype).index_select(1, geometry.tile_of_token)
     return torch.addcmul(out, of_token, gate, value=-1), dcoarse, of_token.mul_(dout)

@@ -62,6 +62,7 @@ def gated_tiles_fwd_kernel(
     o_column, m_column, o_gate = _columns(tl.program_id(1), HEADS, s_gh, HEAD_SIZE, COLUMNS)
     i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
     b_coarse = tl.load(coarse + (i_b * NUM_TILES + i_tile) * HEADS * HEAD_SIZE + o_column, mask=m_column, other=0.0)
+    b_coarse = b_coarse.to(tl.float32)
     for i_first in range(0, TILE, ROWS):
         o_token, m_row = _tokens(order, i_start + i_first, i_end, ROWS)
         m_block = m_row & m_column
@@ -104,7 +105,7 @@ def gated_tiles_bwd_kernel(
     _, _, o_dout = _columns(tl.program_id(1), HEADS, s_dh, HEAD_SIZE, COLUMNS)
     i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
     o_tile = (i_b * NUM_TILES + i_tile) * HEADS * HEAD_SIZE + o_column
-    b_coarse = tl.load(coarse + o_tile, mask=m_column, other=0.0)
+    b_coarse = tl.load(coarse + o_tile, mask=m_column, other=0.0).to(tl.float32)
     b_dcoarse = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i_first in range(0, TILE, ROWS):
         o_token, m_row = _tokens(order, i_start + i_first, i_end, ROWS)
@@ -116,7 +117,7 @@ def gated_tiles_bwd_kernel(
         b_dcoarse += b_dout * b_gate
         tl.store(fine + i_b * s_nb + o_own, (b_out - b_coarse * b_gate).to(fine.dtype.element_ty), mask=m_block)
         tl.store(dgate + i_b * s_nb + o_own, (b_dout * b_coarse).to(dgate.dtype.element_ty), mask=m_block)
-    tl.store(dcoarse + o_tile, tl.sum(b_dcoarse, 0)[None, :], mask=m_column)
+    tl.store(dcoarse + o_tile, tl.sum(b_dcoarse, 0)[None, :].to(dcoarse.dtype.element_ty), mask=m_column)
 
 
 def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -> None:
@@ -141,7 +142,7 @@ def _strides(letter: str, x: Tensor) -> dict[str, int]:
 
 
 def launch_add_gated(fine: Tensor, coarse: Tensor, gate: Tensor, out: Tensor, layout: TileLayout) -> None:
-    """Fill the first S tokens of `out`; tokens of `fine` and `out` are contiguous, `coarse` is `[B, N, H, D]` fp32."""
+    """Fill the first S tokens of `out`; tokens of `fine` and `out` are contiguous, `coarse` is `[B, N, H, D]`."""
     gate = gate if gate.stride(-1) == 1 else gate.contiguous()
     _launch(
         gated_tiles_fwd_kernel,
@@ -159,7 +160,7 @@ def launch_add_gated(fine: Tensor, coarse: Tensor, gate: Tensor, out: Tensor, la
 def launch_gated_backward(
     out: Tensor, dout: Tensor, coarse: Tensor, gate: Tensor, layout: TileLayout, fine: Tensor, dcoarse: Tensor, dgate: Tensor
 ) -> None:
-    """Fill `fine` and `dgate`, `[B, S, H, D]`, and `dcoarse`, `[B, N, H, D]` fp32, all contiguous; see the kernel."""
+    """Fill `fine` and `dgate`, `[B, S, H, D]`, and `dcoarse`, `[B, N, H, D]`, all contiguous; see the kernel."""
     gate, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, dout))
     _launch(
         gated_tiles_bwd_kernel,

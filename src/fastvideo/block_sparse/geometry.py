@@ -5,6 +5,8 @@ Shape legend: S video tokens, R replicated tokens, N tiles.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +61,20 @@ def _video_geometry(grid: TileGrid, device: torch.device) -> VideoGeometry:
 
 
 _cached_video_geometry = cache_tensors(_video_geometry, _NUM_CACHED)
+
+
+def geometry_of(
+    grid_tyx: Sequence[int], tile_tyx: Sequence[int], device: torch.device, num_replicated: int = 0
+) -> VideoGeometry:
+    """`video_geometry` from the plain numbers that custom ops take."""
+    return _cached_geometry_of(tuple(grid_tyx), tuple(tile_tyx), device, num_replicated)
+
+
+@functools.lru_cache(_NUM_CACHED)
+def _cached_geometry_of(
+    grid_tyx: tuple[int, int, int], tile_tyx: tuple[int, int, int], device: torch.device, num_replicated: int
+) -> VideoGeometry:
+    return video_geometry(TileGrid(grid_tyx, tile_tyx), device, num_replicated)
 
 
 def with_replicated(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:

@@ -78,26 +78,27 @@ def top_k_ascending(scores: Tensor, k: int) -> Tensor:
     return ranked.to(torch.int32).sort(dim=-1).values
 
 
-def select_tiles(pooled_query: Tensor, pooled_key: Tensor, num_kept: int) -> Tensor:
+def select_tiles(pooled_query: Tensor, pooled_key: Tensor, num_kept: int, scale: float = 1.0) -> Tensor:
     """The `num_kept` key tiles of highest dot product for each query tile, as `top_k_ascending` ranks them.
 
     The scores of a few heads, or of a few query tiles of one head, exist at a time. One custom op, so that activation
     checkpointing can keep its result (`keep_tile_lists`).
 
     Args:
-        pooled_query: `[B, N, Hq, D]` in fp32 or fp64, with the scale of the scores already applied.
+        pooled_query: `[B, N, Hq, D]` in fp32 or fp64.
         pooled_key: `[B, N, Hkv, D]`; query head `h` meets key head `h // (Hq // Hkv)`.
         num_kept: Tiles to keep.
+        scale: Factor of the scores, multiplied into the query.
 
     Returns:
         `[B, Hq, N, num_kept]` int32, ascending.
     """
-    indices: Tensor = _select_op(pooled_query.detach(), pooled_key.detach(), num_kept)
+    indices: Tensor = _select_op(pooled_query.detach(), pooled_key.detach(), num_kept, scale)
     return indices
 
 
 @torch.library.custom_op("fastvideo::select_tiles", mutates_args=())
-def _select_op(query: Tensor, key: Tensor, num_kept: int) -> Tensor:
+def _select_op(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Tensor:
     batch, num_tiles, num_heads, _ = query.shape
     if num_kept == num_tiles:
         return _everything(torch.Size((batch, num_heads, num_tiles, num_tiles)), query.device)
@@ -105,6 +106,7 @@ def _select_op(query: Tensor, key: Tensor, num_kept: int) -> Tensor:
     in_kernels = _fits_kernel(query, num_tiles)
     # In torch there are also the negated scores, the sorted copy and 8-byte indices.
     row_bytes = num_tiles * (query.itemsize if in_kernels else 3 * query.itemsize + 8)
+    query = query if in_kernels or scale == 1.0 else query * scale
     num_rows = max(1, _SCRATCH_BYTES // row_bytes)
     step_lists, step_rows = max(1, num_rows // num_tiles), min(num_rows, num_tiles)
     for first in range(0, batch * num_heads, step_lists):
@@ -112,7 +114,7 @@ def _select_op(query: Tensor, key: Tensor, num_kept: int) -> Tensor:
         for row in range(0, num_tiles, step_rows):
             part = indices[lists.start : lists.stop, row : row + step_rows]
             if in_kernels:
-                _select_in_kernels(query, key, part, lists, row)
+                _select_in_kernels(query, key, part, lists, row, scale)
             else:
                 scores = torch.cat([_scores(query, key, entry, slice(row, row + step_rows)) for entry in lists])
                 part.copy_(top_k_ascending(scores, num_kept))
@@ -120,7 +122,7 @@ def _select_op(query: Tensor, key: Tensor, num_kept: int) -> Tensor:
 
 
 @_select_op.register_fake
-def _(query: Tensor, key: Tensor, num_kept: int) -> Tensor:  # noqa: ARG001  # the op's arguments
+def _(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Tensor:  # noqa: ARG001  # the op's arguments
     batch, num_tiles, num_heads, _ = query.shape
     return query.new_empty(batch, num_heads, num_tiles, num_kept, dtype=torch.int32)
 
@@ -164,7 +166,7 @@ def _scores(query: Tensor, key: Tensor, entry: int, rows: slice) -> Tensor:
     return (query[sample, rows, head] @ keys.transpose(0, 1))[None]
 
 
-def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, row: int) -> None:
+def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, row: int, scale: float) -> None:
     from fastvideo.block_sparse.selection_kernels import launch_scores, launch_top_k
 
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
@@ -172,7 +174,7 @@ def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, r
     scores = query.new_empty(*part.shape[:2], num_tiles)
     kept = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
     with device_of(query):
-        launch_scores(query, key, scores, lists.start, row)
+        launch_scores(query, key, scores, lists.start, row, scale)
         launch_top_k(scores.view(-1, num_tiles), kept.view(-1, kept.shape[-1]))
     if kept is not part:
         part.copy_(kept)

@@ -29,6 +29,7 @@ def coarse_scores_kernel(
     s_kb,
     s_kn,
     s_kh,
+    scale,
     I_LIST,
     I_ROW,
     NUM_ROWS,
@@ -54,7 +55,7 @@ def coarse_scores_kernel(
     for i_d in range(0, HEAD_SIZE, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
         m_d = o_d < HEAD_SIZE
-        b_query = tl.load(p_query + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+        b_query = tl.load(p_query + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0) * scale
         b_key = tl.load(p_key + o_d[:, None], mask=m_d[:, None] & m_key[None, :], other=0.0)
         b_scores = tl.dot(b_query, b_key, b_scores, input_precision=PRECISION)
     o_score = (i_list * NUM_ROWS + o_row)[:, None] * NUM_TILES + o_key[None, :]
@@ -95,8 +96,11 @@ def top_k_kernel(scores, indices, NUM_COLUMNS, K, COLUMNS: tl.constexpr):
     tl.store(indices + i_row * K + o_entry, o_column, mask=m_kept)
 
 
-def launch_scores(query: Tensor, key: Tensor, scores: Tensor, first_list: int, first_row: int) -> None:
-    """Fill `scores`, `[lists, rows, N]`, from means `[B, N, Hq, D]` and `[B, N, Hkv, D]`; a list is a head of a sample."""
+def launch_scores(query: Tensor, key: Tensor, scores: Tensor, first_list: int, first_row: int, scale: float) -> None:
+    """Fill `scores`, `[lists, rows, N]`, times `scale`, from means `[B, N, Hq, D]` and `[B, N, Hkv, D]`.
+
+    A list is a head of a sample.
+    """
     num_lists, num_rows, num_tiles = scores.shape
     num_heads, head_size = query.shape[2:]
     num_programs = num_lists * -(-num_rows // _BLOCK) * -(-num_tiles // _BLOCK)
@@ -106,6 +110,7 @@ def launch_scores(query: Tensor, key: Tensor, scores: Tensor, first_list: int, f
         scores,
         *query.stride()[:3],
         *key.stride()[:3],
+        float(scale),
         I_LIST=first_list,
         I_ROW=first_row,
         NUM_ROWS=num_rows,

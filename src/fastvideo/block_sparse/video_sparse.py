@@ -14,14 +14,13 @@ Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvideo.block_sparse.attention import as_autocast
-from fastvideo.block_sparse.coarse import coarse_attention, tile_means
+from fastvideo.block_sparse.coarse import coarse_attention, lowered, tile_means
 from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
 from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
@@ -143,17 +142,14 @@ def _run(
     is_dense = impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad
     if is_dense and gate is None:
         return _dense_stage(query, key, value, scale)
-    means: Sequence[Tensor]
     if pooled is not None:
-        means = pooled
+        means = lowered(pooled[:2] if gate is None else pooled, scale, query.dtype)
     else:
-        # Without a gate the means serve the choice alone, which passes no gradient.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and gate is not None):
-            means = tile_means((query, key) if gate is None else (query, key, value), geometry)
-    coarse = None if gate is None else coarse_attention(means, scale, query.dtype)
+        means = tile_means(query, key, None if gate is None else value, geometry, scale)
+    coarse = None if gate is None else coarse_attention(means.low)
     if is_dense and gate is not None and coarse is not None:
         return add_gated_tiles(_dense_stage(query, key, value, scale), coarse, gate, geometry)
-    indices = select_tiles(means[0] * scale, means[1], num_kept)
+    indices = select_tiles(means.query, means.key, num_kept, scale)
     return attend_to_tiles(query, key, value, coarse, gate, indices, geometry, scale, impl)
 
 

@@ -14,6 +14,19 @@ from torch import Tensor
 _ROWS, _COLUMNS = 64, 128
 
 
+@triton.jit
+def sum_of_tile(p_x, s_xs, order, i_start, i_end, m_column, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """fp32 sum of the packed rows from `i_start` to `i_end`, in COLUMNS columns that begin at `p_x`."""
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i_first in tl.static_range(0, TILE, ROWS):
+        o_row = i_start + i_first + tl.arange(0, ROWS)
+        m_row = o_row < i_end
+        o_token = o_row if order is None else tl.load(order + o_row, mask=m_row, other=0)
+        p_row = p_x[None, :] + o_token.to(tl.int64)[:, None] * s_xs
+        b_sum += tl.load(p_row, mask=m_row[:, None] & m_column[None, :], other=0.0).to(tl.float32)
+    return tl.sum(b_sum, 0)
+
+
 @triton.jit(do_not_specialize=["NUM_TILES", "HEADS"])
 def tile_sum_kernel(
     x,
@@ -38,14 +51,8 @@ def tile_sum_kernel(
     m_column = o_column < num_columns
     p_x = x + i_b * s_xb + (o_column // HEAD_SIZE).to(tl.int64) * s_xh + o_column % HEAD_SIZE
     i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
-    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i_first in tl.static_range(0, TILE, ROWS):
-        o_row = i_start + i_first + tl.arange(0, ROWS)
-        m_row = o_row < i_end
-        o_token = tl.load(order + o_row, mask=m_row, other=0).to(tl.int64)
-        b_x = tl.load(p_x[None, :] + o_token[:, None] * s_xs, mask=m_row[:, None] & m_column[None, :], other=0.0)
-        b_sum += b_x.to(tl.float32)
-    tl.store(sums + (i_b * NUM_TILES + i_tile) * num_columns + o_column, tl.sum(b_sum, 0), mask=m_column)
+    b_sum = sum_of_tile(p_x, s_xs, order, i_start, i_end, m_column, TILE, ROWS, COLUMNS)
+    tl.store(sums + (i_b * NUM_TILES + i_tile) * num_columns + o_column, b_sum, mask=m_column)
 
 
 def launch_tile_sum(x: Tensor, order: Tensor, offsets: Tensor, max_size: int, sums: Tensor) -> None:

@@ -149,6 +149,21 @@ def test_half_steps_follow_real_tokens() -> None:
     assert walks.meta[0, 0, 2:].tolist() == [0, 0, 2, 3]
 
 
+@pytest.mark.parametrize("by_key", [True, False])
+@pytest.mark.parametrize("sizes", [[128] * 24, [120, 116] * 12])
+def test_walks_of_tiles_of_two_blocks_have_room(sizes: list[int], by_key: bool) -> None:
+    """Each block of a tile walks the tile's whole list."""
+    layout = TileLayout.from_sizes(sizes) if len(set(sizes)) > 1 else TileLayout.uniform(sum(sizes), sizes[0])
+    pattern = BlockPattern.from_mask(torch.ones(24, 24, dtype=torch.bool), layout, layout)
+    packed = packing.pack_layout(layout)
+    marks = plan.mark(pattern, 0, 1, 1, by_key=by_key)
+    walks = plan.plan_marks(marks, packed, packed, pattern.indices.shape[2:].numel(), has_pads=not by_key)
+    row, mask, clean_steps, box_steps, _, halves = walks.meta[0, : int(packed.counts[1])].unbind(-1)
+    assert (halves >= 48).all()
+    assert int((row + 2 * box_steps + 4 * (halves - 2 * box_steps)).max()) <= walks.rows.shape[1]
+    assert int((mask + halves - 2 * clean_steps).max()) <= walks.masks.shape[1]
+
+
 def test_packed_rows_and_statistics() -> None:
     pattern = make_pattern("edges", ordered=True)
     batch, heads, head_size = 2, 2, 16
