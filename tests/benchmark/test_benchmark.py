@@ -133,6 +133,24 @@ def test_wrong_rows_are_marked_and_not_ranked() -> None:
     assert "   -  ABSENT: can't run: too hot" in lines
 
 
+def test_backends_that_make_their_own_lists_say_so_beside_a_fine_stage() -> None:
+    shape = shape_named("tiny-fine")
+    inputs = make_inputs(shape, "random", torch.float32, CPU)
+    cases = make_cases(shape, inputs, "random", **{**DEFAULTS, "backends": ["SLIDING_TILE_ATTN", "TORCH_SDPA"]})
+    rows = run_cases(cases, inputs, passes=["forward"], rounds=1)
+    assert [(row.case, row.ms is None) for row in rows] == [("SLIDING_TILE_ATTN", True), ("TORCH_SDPA", False)]
+    assert rows[0].refused is not None
+    assert rows[0].refused.startswith("a fine stage alone is handed its lists, and SLIDING_TILE_ATTN makes its own")
+
+
+def test_what_is_asked_for_twice_is_measured_once() -> None:
+    shape = shape_named("tiny")
+    inputs = make_inputs(shape, "random", torch.float32, CPU)
+    twice = {"backends": ["VIDEO_SPARSE_ATTN"] * 2, "impls": ["portable"] * 2, "sparsities": [0.5, 0.25, 0.5]}
+    cases = make_cases(shape, inputs, "random", **{**DEFAULTS, **twice, "tiles": ["4x4x4", "2x2x2", "4x4x4"]})
+    assert len({(case.name, case.sparsity) for case in cases}) == len(cases) == 4
+
+
 def test_counts_of_operations() -> None:
     shape = shape_named("tiny")
     inputs = make_inputs(shape, "random", torch.float32, CPU)

@@ -89,7 +89,9 @@ def make_cases(
     tiles: Sequence[str],
     window_tyx: tuple[int, int, int],
 ) -> list[Case]:
-    """The cases of a shape: every dense backend, and every sparse one at each sparsity, tile and implementation.
+    """The cases of a shape: every dense backend, and every sparse one at each sparsity, tile and implementation, each once.
+
+    A fine stage alone is handed its lists, so a backend that makes its own is a case that says why it can't run.
 
     Raises:
         ValueError: A backend, an implementation or a tile is unknown.
@@ -97,6 +99,7 @@ def make_cases(
     for impl in impls:
         if impl != AUTOMATIC and impl not in IMPLEMENTATIONS:
             raise ValueError(f"unknown implementation {impl!r}; there are {AUTOMATIC}, {', '.join(IMPLEMENTATIONS)}")
+    impls, sparsities = list(dict.fromkeys(impls)), list(dict.fromkeys(sparsities))
     cases: list[Case] = []
     for name in dict.fromkeys(map(backend_name, backends)):
         if name == VSA:
@@ -107,8 +110,8 @@ def make_cases(
                 for tile_tyx in dict.fromkeys(parse_tile(tile, shape.grid_tyx) for tile in tiles):
                     cases += [_layer(shape, inputs, sparsity, tile_tyx, impl) for impl in impls]
         elif name == STA:
-            if shape.fine_tile_tyx is None:
-                cases.append(_sliding(shape, inputs, window_tyx))
+            is_whole = shape.fine_tile_tyx is None
+            cases.append(_sliding(shape, inputs, window_tyx) if is_whole else _sliding_refused())
         else:
             cases.append(_dense(shape, name))
     return cases
@@ -206,6 +209,13 @@ def _sliding(shape: BenchmarkShape, inputs: Inputs, window_tyx: tuple[int, int, 
         listed * shape.batch * shape.num_heads * pattern.key_tiles.max_size**2,
         1.0 - real / all_pairs,
     )
+
+
+def _sliding_refused() -> Case:
+    def call(*_: Tensor) -> Tensor:
+        raise NotImplementedError(f"a fine stage alone is handed its lists, and {STA} makes its own; name another shape")
+
+    return Case(STA, call, False, Attended, lambda: 0.0, 0.0, 0.0)
 
 
 def _real_pairs(pattern: BlockPattern, shape: BenchmarkShape) -> float:
