@@ -36,8 +36,8 @@ class DenseMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
 
         Args:
             current_timestep: Index of the denoising step.
-            **settings: `raw_latent_shape`, `patch_size`, `VSA_sparsity` and `device` are accepted and have no meaning
-                for dense attention.
+            **settings: `raw_latent_shape`, `patch_size`, `VSA_sparsity`, `STA_window`, `tile_tyx` and `device` are accepted
+                and have no meaning for dense attention.
 
         Raises:
             TypeError: `settings` holds another name.
