@@ -56,6 +56,10 @@ def test_whole_lines_of_other_tables(capsys) -> None:
         (["tiny", "--impls", "warp"], "unknown implementation 'warp'"),
         (["tiny", "--tiles", "4x4"], "a tile like 4x4x4"),
         (["tiny", "--backends", "FLASHY"], "no attention backend is called 'FLASHY'"),
+        (["tiny", "--device", "mps"], "--device as cpu or cuda"),
+        (["tiny", "--seed", str(2**63)], "--seed in"),
+        (["tiny", "--json", "."], "the name of a file, got the folder ."),
+        (["tiny", "--layouts", "ring", "--peers", "--round-ms", "5"], "--layouts, --peers, --round-ms: for --parallel alone"),
     ],
 )
 def test_what_is_refused(arguments, text, capsys, monkeypatch) -> None:

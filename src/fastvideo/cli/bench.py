@@ -75,12 +75,17 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
     """Refuse what would fail only after the first measurement.
 
     Raises:
-        ValueError: An option is out of range, or the device isn't there.
+        ValueError: An option is out of range or for the other kind of run, or the device isn't there.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected --device as cpu or cuda, got {args.device}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"torch sees no CUDA device here, got --device {args.device}; leave it out to measure the CPU")
+    bench_parallel.check_meant(args)
     if args.rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"expected --seed in [0, 2^63), got {args.seed}")
     for name in args.shapes:
         shape_named(name)
     for sparsity in args.sparsities or ():
@@ -93,6 +98,8 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
     if "all" in args.backends:
         args.backends = list(registered_backends())
     for path in (args.json, args.plot):
+        if path is not None and path.is_dir():
+            raise ValueError(f"expected the name of a file, got the folder {path}")
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 

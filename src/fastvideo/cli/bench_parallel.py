@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastvideo.benchmark.cases import AUTOMATIC
 from fastvideo.benchmark.measure import describe_run
 from fastvideo.benchmark.parallel_cases import make_parallel_cases
 from fastvideo.benchmark.parallel_peers import make_peer_cases
@@ -24,7 +25,7 @@ from fastvideo.benchmark.shapes import shape_named
 from fastvideo.distributed import init_sequence_parallel
 from fastvideo.settings import Settings
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "check_meant", "run"]
 
 _TIMEOUT = timedelta(minutes=3)
 _START = "torchrun --nproc-per-node 2 -m fastvideo bench --parallel SHAPE"
@@ -42,6 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--peers", action="store_true", help="also measure yunchang's and diffusers' where they are installed")
     group.add_argument("--model", action="store_true", help="print what the model on paper says beside each time")
     group.add_argument("--round-ms", type=float, default=150.0, metavar="MS", help="how long a case is timed for in a round")
+
+
+def check_meant(args: argparse.Namespace) -> None:
+    """Refuse options of `--parallel` without it.
+
+    Raises:
+        ValueError: Such an option is given.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [name for name, default in vars(parser.parse_args([])).items() if getattr(args, name) != default]
+    if given and not args.parallel:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: for --parallel alone; add it, or leave that out")
 
 
 def run(args: argparse.Namespace, device_type: str) -> int:
@@ -72,6 +87,8 @@ def _check(args: argparse.Namespace) -> list[int | None]:
         raise ValueError(f"expected one of --sparsities with --parallel, got {args.sparsities}")
     if len(args.tiles) > 1 or args.inputs != ["random"]:
         raise ValueError(f"expected one of --tiles and random --inputs with --parallel, got {args.tiles} and {args.inputs}")
+    if args.impls != [AUTOMATIC] or args.window != [3, 3, 3]:
+        raise ValueError("--impls and --window are for one device; leave them out with --parallel")
     if not args.round_ms > 0:
         raise ValueError(f"expected --round-ms above 0, got {args.round_ms}")
     groups: list[int | None] = []
