@@ -101,9 +101,13 @@ def test_named_backends(tiny_model: Path, tmp_path: Path, capsys) -> None:
         (["--seed", str(2**63)], "--seed in"),
         (["--guidance", "nan"], "finite --guidance"),
         (["--out", "/dev/null/video.mp4"], "/dev/null"),
+        (["--out", "folder.mp4"], "folder.mp4 is a folder"),
+        (["--model", __file__], "is a file: give the folder"),
     ],
 )
-def test_refusals(tiny_model: Path, tmp_path: Path, capsys, arguments, text) -> None:
+def test_refusals(tiny_model: Path, tmp_path: Path, capsys, monkeypatch, arguments, text) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.mp4").mkdir()
     assert generate(tiny_model, tmp_path / "x.mp4", *arguments) == 2
     assert text in capsys.readouterr().err
 

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         print(describe_vocabulary())
         return 0
     if args.model is not None and not args.model.is_dir():
-        raise FileNotFoundError(f"{args.model} is missing: give the folder of a diffusers pipeline, or of a trained model")
+        what = "is a file" if args.model.exists() else "is missing"
+        raise FileNotFoundError(f"{args.model} {what}: give the folder of a diffusers pipeline, or of a trained model")
     if args.model is not None and _is_pipeline(args.model):
         from fastvideo.cli.pipeline import generate_with_pipeline
 
@@ -115,6 +116,9 @@ def _check(args: argparse.Namespace) -> None:
     """
     if args.out.suffix != ".mp4":
         raise ValueError(f"expected --out to end in .mp4 (its contact sheet ends in .png), got {args.out}")
+    for path in (args.out, args.out.with_suffix(".png")):
+        if path.is_dir():
+            raise ValueError(f"expected --out to name a file, and {path} is a folder")
     if args.fps is not None and args.fps < 1:
         raise ValueError(f"expected --fps of at least 1, got {args.fps}")
     if args.scale is not None and args.scale < 1:
