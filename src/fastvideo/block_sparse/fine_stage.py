@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry
+from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
 from fastvideo.block_sparse.impl import Implementation, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import device_of, runs_triton
-from fastvideo.video import TileGrid, tile_sum
+from fastvideo.video import tile_sum
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _AUTOMATIC = ""
@@ -68,10 +68,10 @@ def add_gated_tiles(out: Tensor, coarse: Tensor, gate: Tensor, geometry: VideoGe
 
 @torch.library.custom_op("fastvideo::add_gated_tiles", mutates_args=())
 def _add_gated_op(out: Tensor, coarse: Tensor, gate: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> Tensor:
-    grid = _grid(grid_tyx, tile_tyx)
+    geometry = geometry_of(grid_tyx, tile_tyx, out.device)
     result = out.clone(memory_format=torch.contiguous_format)
-    video = result[:, : grid.num_tokens]
-    _add_gated(video, coarse, gate, video, video_geometry(grid, out.device))
+    video = result[:, : geometry.video_tiles.num_tokens]
+    _add_gated(video, coarse, gate, video, geometry)
     return result
 
 
@@ -92,19 +92,15 @@ class _Call:
         impl: str,
     ) -> None:
         query, key, value, indices = tensors
-        grid = _grid(grid_tyx, tile_tyx)
-        self.geometry = video_geometry(grid, query.device, num_replicated)
-        self.num_video = grid.num_tokens
-        key_tiles = self.geometry.key_tiles
-        if num_replicated:
-            text = torch.arange(grid.num_tiles, key_tiles.num_tiles, dtype=torch.int32, device=indices.device)
-            indices = torch.cat([indices, text.expand(*indices.shape[:3], -1)], dim=-1)
+        self.geometry = geometry_of(grid_tyx, tile_tyx, query.device, num_replicated)
+        self.num_video = self.geometry.video_tiles.num_tokens
+        key_tiles, text_keys = self.geometry.key_tiles, self.geometry.text_keys
+        if text_keys is not None:
+            indices = torch.cat([indices, text_keys.expand(*indices.shape[:3], -1)], dim=-1)
         self.video_pattern = BlockPattern(self.geometry.video_tiles, key_tiles, indices)
         self.video = self._implementation(query[:, : self.num_video], key, value, self.video_pattern, impl)
-        if self.geometry.text_tiles is not None:
-            everything = torch.arange(key_tiles.num_tiles, dtype=torch.int32, device=indices.device)
-            lists = everything.expand(1, 1, self.geometry.text_tiles.num_tiles, -1).contiguous()
-            self.text_pattern = BlockPattern(self.geometry.text_tiles, key_tiles, lists)
+        if self.geometry.text_tiles is not None and self.geometry.text_lists is not None:
+            self.text_pattern = BlockPattern(self.geometry.text_tiles, key_tiles, self.geometry.text_lists)
             self.text = self._implementation(query[:, self.num_video :], key, value, self.text_pattern, impl)
 
     @staticmethod
@@ -214,10 +210,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
-
-
-def _grid(grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> TileGrid:
-    return TileGrid((grid_tyx[0], grid_tyx[1], grid_tyx[2]), (tile_tyx[0], tile_tyx[1], tile_tyx[2]))
 
 
 def _in_kernels(x: Tensor) -> bool:

@@ -10,8 +10,8 @@ Shape legend: B batch, H heads, S tokens, Nq / Nk query / key tiles, K width of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class TileLayout:
         max_size: Tokens of the largest tile.
         is_uniform: Whether all tiles have `max_size` tokens.
         order: `[num_tokens]` int32 permutation from packed row to token; None means the identity.
+        derived: What implementations keep with a layout that serves many calls, by their names; None where nothing is kept.
 
     Example:
         >>> layout = TileLayout.from_sizes([2, 3])
@@ -42,6 +43,11 @@ class TileLayout:
     max_size: int
     is_uniform: bool
     order: Tensor | None = None
+    derived: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies make their own.
+        return {**self.__dict__, "derived": None if self.derived is None else {}}
 
     @classmethod
     def from_sizes(
@@ -164,13 +170,11 @@ class BlockPattern:
             raise ValueError(f"expected indices [B|1, H|1, Nq={num_query_tiles}, K>=1], got shape {tuple(indices.shape)}")
         if counts is not None and counts.shape != indices.shape[:3]:
             raise ValueError(f"expected counts of shape {tuple(indices.shape[:3])}, got {tuple(counts.shape)}")
-        devices = {
-            t.device
-            for t in (indices, counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
-            if t is not None
-        }
-        if len(devices) > 1:
-            raise ValueError(f"expected all tensors of a pattern on one device, got {sorted(map(str, devices))}")
+        tensors = (indices, counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
+        device = indices.device
+        if any(t is not None and t.device != device for t in tensors):
+            devices = {str(t.device) for t in tensors if t is not None}
+            raise ValueError(f"expected all tensors of a pattern on one device, got {sorted(devices)}")
 
     @classmethod
     def from_mask(cls, mask: Tensor, query_tiles: TileLayout, key_tiles: TileLayout) -> BlockPattern:

@@ -7,15 +7,18 @@ box and granule by granule, masks as the masks say, and must give attention over
 from __future__ import annotations
 
 import itertools
+import pickle
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from fastvideo.block_sparse import BlockPattern, TileLayout
+from fastvideo.block_sparse import BlockPattern, TileLayout, video_geometry
 from fastvideo.block_sparse.impl.hopper import launch, packing, plan, queues
 from fastvideo.testing import assert_op_within_budget, reference_attention
+from fastvideo.video import TileGrid
 
 # Query tile sizes, key tile sizes, batch, heads.
 SHAPES = {
@@ -130,6 +133,20 @@ def test_every_token_has_one_packed_row(shape: str) -> None:
         assert torch.equal(token[token >= 0].sort().values.long(), torch.arange(layout.num_tokens))
         assert int(packed.counts[1]) <= packed.max_blocks
         assert (token[int(packed.counts[1]) * 64 :] == -1).all()
+
+
+@pytest.mark.parametrize("num_text", [0, 7])
+def test_layouts_of_a_video_are_packed_once(num_text: int) -> None:
+    geometry = video_geometry(TileGrid((5, 3, 3), (4, 2, 2)), "cpu", num_text)
+    assert geometry is video_geometry(TileGrid((5, 3, 3), (4, 2, 2)), "cpu", num_text)
+    for layout in filter(None, (geometry.video_tiles, geometry.key_tiles, geometry.text_tiles)):
+        packed = packing.pack_layout(layout)
+        assert packing.pack_layout(layout) is packed
+        assert pickle.loads(pickle.dumps(layout)).derived == {}
+        alone = packing.pack_layout(replace(layout, derived=None))
+        assert alone is not packed
+        for name in ("piece_row", "counts", "row_token"):
+            assert torch.equal(getattr(packed, name), getattr(alone, name))
 
 
 def test_small_tiles_share_a_block() -> None:

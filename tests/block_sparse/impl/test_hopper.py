@@ -41,6 +41,7 @@ def small_call(head_size: int = 128, tile: int = 4, dtype: torch.dtype = torch.b
 def test_every_reason_against_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.1")
     hopper._triton_rejection.cache_clear()
+    hopper._reasons_here.cache_clear()
     try:
         assert hopper.rejections(*small_call(head_size=80, tile=129, dtype=torch.float32)) == (
             "is checked with triton 3.6 (torch 2.11 brings it), got 3.9.1",
@@ -52,6 +53,7 @@ def test_every_reason_against_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     finally:
         hopper._triton_rejection.cache_clear()
+        hopper._reasons_here.cache_clear()
 
 
 @needs_triton

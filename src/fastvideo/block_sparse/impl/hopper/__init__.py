@@ -47,9 +47,14 @@ def _device_rejection(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def _reasons_here(device: torch.device) -> tuple[str, ...]:
+    return tuple(reason for reason in (_triton_rejection(), _device_rejection(device)) if reason is not None)
+
+
 def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> tuple[str, ...]:  # noqa: ARG001
     """Every reason why the kernels can't run; see `Implementation.rejections`."""
-    reasons = [reason for reason in (_triton_rejection(), _device_rejection(query.device)) if reason is not None]
+    reasons = list(_reasons_here(query.device))
     if query.dtype not in _DTYPES:
         reasons.append(f"needs float16 or bfloat16, got {query.dtype}")
     if query.shape[3] not in _HEAD_SIZES:

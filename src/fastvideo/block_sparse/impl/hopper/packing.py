@@ -79,7 +79,23 @@ def num_pieces(layout: TileLayout) -> int:
 
 
 def pack_layout(layout: TileLayout) -> PackedLayout:
-    """Place the pieces of a layout; two small kernels, no host waits."""
+    """Place the pieces of a layout: two small kernels, or what they made for a layout that keeps it."""
+    if layout.derived is None:
+        return _pack_layout(layout)
+    packed: PackedLayout | None = layout.derived.get("hopper")
+    if packed is None:
+        packed = _pack_layout(layout)
+        if layout.offsets.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                # What a graph makes belongs to the graph.
+                return packed
+            # Later calls read it on any stream, and nothing there waits for this one.
+            torch.cuda.current_stream(layout.offsets.device).synchronize()
+        layout.derived["hopper"] = packed
+    return packed
+
+
+def _pack_layout(layout: TileLayout) -> PackedLayout:
     pieces = num_pieces(layout)
     # Equal tiles are cut evenly, so that all pieces have the same pads.
     piece_rows = -(-layout.max_size // pieces) if layout.is_uniform else BLOCK_ROWS

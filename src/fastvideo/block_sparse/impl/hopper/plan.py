@@ -128,8 +128,8 @@ def plan_marks(marks: Tensor, own: PackedLayout, walked: PackedLayout, num_liste
     Without `has_pads` the kernel copes with pads of the walked side by itself, so that they ask for no masks.
     """
     heads = marks.shape[0]
-    # Each piece of a tile walks its whole list. A listed piece is a box or up to three granules; the ends of walks are filled up,
-    # and an odd box may be split.
+    # Each piece of a tile walks its whole list. A listed piece is a box or up to three granules; the ends of walks are filled
+    # up, and an odd box may be split.
     num_listed *= own.pieces * walked.pieces
     entries = num_listed * (1 if walked.is_even and walked.piece_rows > 48 else 3) + own.max_blocks * 16 + _SLACK
     rows = torch.empty(heads, entries, dtype=torch.int32, device=marks.device)
