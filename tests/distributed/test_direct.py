@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fastvideo.distributed.collectives import Route, gather_route, unpack
-from fastvideo.distributed.direct import DirectExchange, Fetch
+from fastvideo.distributed.direct import DirectExchange, Fetch, has_own_places
 from fastvideo.distributed.ring import regroup_route, ring_steps
 from fastvideo.distributed.ulysses import head_route, share_heads, token_route
 
@@ -59,7 +60,9 @@ class ThreadMemory:
         with self._shared.changed:
             assert self._shared.changed.wait_for(lambda: self._shared.read[self.rank][peer] >= number, TIMEOUT)
 
-    def fetch(self, number: int, readers: tuple[int, ...], received: torch.Tensor, fetches: tuple[Fetch, ...]) -> None:
+    def fetch(
+        self, number: int, readers: tuple[int, ...], received: tuple[torch.Tensor, ...], fetches: tuple[Fetch, ...]
+    ) -> None:
         before, shared = self._last, self._shared
 
         def copy() -> None:
@@ -69,20 +72,21 @@ class ThreadMemory:
                 for reader in readers:
                     shared.packed[reader][self.rank] = number
                 shared.changed.notify_all()
-            target = received.view(torch.uint8)
-            for part in fetches:
+            for peer, parts in itertools.groupby(fetches, key=lambda fetch: fetch.peer):
                 with shared.changed:
-                    assert shared.changed.wait_for(lambda part=part: shared.packed[self.rank][part.peer] >= number, TIMEOUT)  # type: ignore[misc]
+                    assert shared.changed.wait_for(lambda peer=peer: shared.packed[self.rank][peer] >= number, TIMEOUT)  # type: ignore[misc]
                 threading.Event().wait(self._random.random() * 0.002)
-                source = shared.staging[part.peer][part.source : part.source + part.num_bytes]
-                target[part.target : part.target + part.num_bytes].copy_(source)
+                for part in parts:
+                    num_bytes = part.target.numel() * part.target.element_size()
+                    source = shared.staging[peer][part.source : part.source + num_bytes].view(part.target.dtype)
+                    part.target.copy_(source.view(part.target.shape))
                 with shared.changed:
-                    shared.read[part.peer][self.rank] = number
+                    shared.read[peer][self.rank] = number
                     shared.changed.notify_all()
 
         self._last = threading.Thread(target=copy, daemon=True)
         self._last.start()
-        self._copying[received.data_ptr()] = self._last
+        self._copying |= {x.data_ptr(): self._last for x in received}
 
     def finish(self, received: torch.Tensor) -> bool:
         thread = self._copying.pop(received.data_ptr(), None) if received.numel() else None
@@ -103,9 +107,13 @@ def run_ranks(size: int, capacity: int, work: Callable[[int, DirectExchange], No
 
 
 def join(exchange: DirectExchange, x: torch.Tensor, route: Route) -> torch.Tensor:
-    started = exchange.start(x, route)
-    exchange.finish(started)
-    return unpack(started, route.receive, route.shape)
+    return joined(exchange, exchange.start([x], [route])[0], route)
+
+
+def joined(exchange: DirectExchange, started: torch.Tensor, route: Route) -> torch.Tensor:
+    assert exchange.finish(started) == (started.numel() > 0)
+    assert (started.dim() > 1) == has_own_places(route)
+    return started if started.dim() > 1 else unpack(started, route.receive, route.shape)
 
 
 def shards(whole: torch.Tensor, dim: int, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -141,16 +149,39 @@ def test_many_on_their_way_share_a_small_memory() -> None:
         shard = [shards(whole, 1, lengths)[rank] for whole in wholes]
         routes = [head_route(x.shape, heads, lengths, rank) for x in shard]
         for first in range(0, 40, 8):
-            started = [exchange.start(shard[i], routes[i]) for i in range(first, first + 8)]
+            started = [exchange.start([shard[i]], [routes[i]])[0] for i in range(first, first + 8)]
             for i, received in zip(range(first, first + 8), started, strict=True):
-                assert exchange.finish(received)
-                here = unpack(received, routes[i].receive, routes[i].shape)
+                here = joined(exchange, received, routes[i])
                 torch.testing.assert_close(here, wholes[i][:, :, slice(*heads[rank])], rtol=0, atol=0)
 
     # A part is 8 tokens of 2 heads of 16 floats, 1,024 bytes: three fit.
     memories = run_ranks(2, 3 * 1024, work)
     assert all(memory.waited for memory in memories)
     assert all(memory.num_grown == 0 for memory in memories)
+
+
+def test_several_at_once_and_into_a_part_of_a_tensor() -> None:
+    lengths, num_heads = (3, 4), 4
+    wholes = [torch.randn(2, 7, num_heads, 5), torch.randn(2, 7, num_heads, 3).double(), torch.randint(9, (2, 7, num_heads, 1))]
+    heads = share_heads(num_heads, num_heads, 2).query
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        own = [shards(whole, 1, lengths)[rank] for whole in wholes]
+        routes = [head_route(x.shape, heads, lengths, rank) for x in own]
+        here = [joined(exchange, *pair) for pair in zip(exchange.start(own, routes), routes, strict=True)]
+        for x, whole in zip(here, wholes, strict=True):
+            torch.testing.assert_close(x, whole[:, :, slice(*heads[rank])], rtol=0, atol=0)
+        room = torch.full((2, lengths[rank], 2, 3, 5), torch.nan)
+        for head in range(2):
+            # One group of a head from each rank: ranks before heads.
+            group = here[0][:, :, head : head + 1].contiguous()
+            route = token_route(group.shape, ((0, 1), (1, 2)), lengths, rank, is_group=True)
+            target = room[:, :, :, head : head + 1]
+            assert joined(exchange, exchange.start([group], [route], target)[0], route) is target
+        torch.testing.assert_close(room[:, :, :, :2].flatten(2, 3), own[0], rtol=0, atol=0)
+        assert room[:, :, :, 2].isnan().all()
+
+    run_ranks(2, 8192, work)
 
 
 def test_memory_grows_where_an_exchange_is_larger() -> None:

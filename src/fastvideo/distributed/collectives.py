@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvideo.distributed.agreement import explain_transport_error
-from fastvideo.distributed.direct import direct_exchange, finish_direct
+from fastvideo.distributed.direct import direct_exchange, finish_direct, has_own_places
 from fastvideo.distributed.mesh import SequenceGroup
 
 __all__ = [
@@ -27,15 +27,16 @@ __all__ = [
     "Launched",
     "Route",
     "all_gather",
+    "arrive",
     "consecutive",
     "exchange",
     "finish_exchange",
     "gather_route",
     "launch_exchange",
+    "launch_exchanges",
     "start",
     "sum_gradient",
     "unpack",
-    "wait",
 ]
 
 _functional = torch.ops._c10d_functional
@@ -79,15 +80,17 @@ class Launched(NamedTuple):
     """An exchange on its way.
 
     Attributes:
-        received: What comes, flat; not to be read yet.
+        received: What comes; not to be read yet.
         sent: Stands for what was sent, without memory of its own: in the backward pass its gradient is what comes back. `None`
             where no gradient is recorded.
         route: The route.
+        into: Where it is to go, or `None`.
     """
 
     received: torch.Tensor
     sent: torch.Tensor | None
     route: Route
+    into: torch.Tensor | None = None
 
 
 def consecutive(dim: int, lengths: Sequence[int]) -> Cut:
@@ -106,20 +109,37 @@ def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tenso
     return finish_exchange(launch_exchange(x, route, group), group)
 
 
-def launch_exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> Launched:
-    """Start an exchange; hand the result to `finish_exchange`, and read it nowhere else."""
+def launch_exchange(x: torch.Tensor, route: Route, group: SequenceGroup, *, into: torch.Tensor | None = None) -> Launched:
+    """Start an exchange; hand the result to `finish_exchange`, and read it nowhere else.
+
+    Args:
+        x: What this rank sends.
+        route: Its route.
+        group: The ranks.
+        into: Where what comes is to go, of the route's shape, its inner dims contiguous; only where no gradient is recorded.
+    """
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Two autograd functions would be an eighth of the host time of a dense layer's call.
-        return Launched(start(x, route, group.name), None, route)
+        return Launched(_start((x,), (route,), group.name, into)[0], None, route, into)
     received, sent = _Launch.apply(x, route, group.name)  # type: ignore[no-untyped-call]
     return Launched(received, sent, route)
 
 
+def launch_exchanges(tensors: Sequence[torch.Tensor], routes: Sequence[Route], group: SequenceGroup) -> list[Launched]:
+    """Start the exchange of several tensors at once, which takes less host time than one after another."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
+    started = _start(tensors, routes, group.name)
+    return [Launched(received, None, route) for received, route in zip(started, routes, strict=True)]
+
+
 def finish_exchange(launched: Launched, group: SequenceGroup) -> torch.Tensor:
     """Wait for a launched exchange and return the parts that came, joined."""
-    if launched.sent is None:
-        return _joined(launched.received, launched.route, group.name)
-    return _Finish.apply(*launched, group.name)  # type: ignore[no-any-return,no-untyped-call]
+    received, sent, route, into = launched
+    if sent is not None:
+        return _Finish.apply(received, sent, route, group.name)  # type: ignore[no-any-return,no-untyped-call]
+    arrived = arrive(received, route, group.name)
+    return arrived if into is None or arrived is into else into.copy_(arrived)
 
 
 def gather_route(shape: Sequence[int], dim: int, lengths: Sequence[int]) -> Route:
@@ -147,26 +167,26 @@ def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
 
 
 def start(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
-    """Start an exchange without gradient; read the result after `wait`, by `unpack`."""
-    direct = direct_exchange(x, name)
-    if direct is not None:
-        return direct.start(x, route)
-    sent, received = _counts(route.send, route.source), _counts(route.receive, route.shape)
-    if route.is_gather and len(set(received)) == 1:
-        return _functional.all_gather_into_tensor(x.contiguous().view(-1), len(sent), name)  # type: ignore[no-any-return]
-    return _functional.all_to_all_single(pack(x, route.send), received, sent, name)  # type: ignore[no-any-return]
+    """Start an exchange without gradient; read the result by `arrive`."""
+    return _start((x,), (route,), name)[0]
 
 
-def wait(started: torch.Tensor, name: str) -> torch.Tensor:
-    """Wait for what `start` returned.
+def arrive(started: torch.Tensor, route: Route, name: str) -> torch.Tensor:
+    """Wait for what `start` returned and return the parts that came, joined.
 
     Raises:
         RanksDisagree: The transport failed; the message says which rank is gone, where that is known.
     """
     if torch.compiler.is_compiling():
+        return unpack(_wait(started, name), route.receive, route.shape)
+    if not finish_direct(started, name):
+        _wait(started, name)
+    return started if started.dim() == len(route.shape) else unpack(started, route.receive, route.shape)
+
+
+def _wait(started: torch.Tensor, name: str) -> torch.Tensor:
+    if torch.compiler.is_compiling():
         return _functional.wait_tensor(started)  # type: ignore[no-any-return]
-    if finish_direct(started, name):
-        return started
     try:
         return _functional.wait_tensor(started)  # type: ignore[no-any-return]
     except RuntimeError as error:
@@ -210,8 +230,20 @@ def unpack(flat: torch.Tensor, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor
     return whole
 
 
-def _joined(received: torch.Tensor, route: Route, name: str) -> torch.Tensor:
-    return unpack(wait(received, name), route.receive, route.shape)
+def _start(
+    tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str, into: torch.Tensor | None = None
+) -> Sequence[torch.Tensor]:
+    direct = direct_exchange(tensors[0], name)
+    if direct is not None:
+        return direct.start(tensors, routes, into)
+    return [_start_collective(x, route, name) for x, route in zip(tensors, routes, strict=True)]
+
+
+def _start_collective(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
+    sent, received = _counts(route.send, route.source), _counts(route.receive, route.shape)
+    if route.is_gather and len(set(received)) == 1:
+        return _functional.all_gather_into_tensor(x.contiguous().view(-1), len(sent), name)  # type: ignore[no-any-return]
+    return _functional.all_to_all_single(pack(x, route.send), received, sent, name)  # type: ignore[no-any-return]
 
 
 def _counts(cut: Cut, shape: tuple[int, ...]) -> list[int]:
@@ -243,18 +275,19 @@ class _Launch(torch.autograd.Function):
         ctx.route, ctx.name = route, name
         received = start(x, route, name)
         ctx.mark_non_differentiable(received)
-        return received, x.new_empty(1).expand(sum(_counts(route.send, route.source)))
+        is_joined = direct_exchange(x, name) is not None and has_own_places(route.back())
+        return received, x.new_empty(1).expand(route.source if is_joined else (sum(_counts(route.send, route.source)),))
 
     @staticmethod
     def backward(ctx: Any, _received: torch.Tensor, returned: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return unpack(wait(returned, ctx.name), ctx.route.send, ctx.route.source), None, None
+        return arrive(returned, ctx.route.back(), ctx.name), None, None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, received: torch.Tensor, _sent: torch.Tensor, route: Route, name: str) -> torch.Tensor:
         ctx.route, ctx.name = route, name
-        return _joined(received, route, name)
+        return arrive(received, route, name)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
@@ -269,4 +302,4 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return wait(_functional.all_reduce(grad.contiguous(), "sum", ctx.name), ctx.name), None
+        return _wait(_functional.all_reduce(grad.contiguous(), "sum", ctx.name), ctx.name), None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from fastvideo.settings import Settings
 if TYPE_CHECKING:
     from fastvideo.distributed.collectives import Route
 
-__all__ = ["DirectExchange", "Fetch", "PeerMemory", "direct_exchange", "exchange_kind", "finish_direct"]
+__all__ = ["DirectExchange", "Fetch", "PeerMemory", "direct_exchange", "exchange_kind", "finish_direct", "has_own_places"]
 
 _ALIGNMENT = 512
 _LEAST_CAPACITY = 64 << 20
@@ -34,19 +35,17 @@ _REGIONS_HELD = 4
 
 
 class Fetch(NamedTuple):
-    """What this rank copies from one peer, in bytes.
+    """What this rank copies from one peer.
 
     Attributes:
         peer: Whose staging memory it lies in.
-        source: Where it starts there.
-        target: Where it goes in what this rank receives.
-        num_bytes: How long it is; 0 where the peer has nothing for this rank.
+        source: Where it starts there, in bytes; it has no gaps.
+        target: Where it goes.
     """
 
     peer: int
     source: int
-    target: int
-    num_bytes: int
+    target: torch.Tensor
 
 
 class PeerMemory(Protocol):
@@ -67,7 +66,9 @@ class PeerMemory(Protocol):
         """Let what comes next wait until `peer` has read this rank's part of exchange `number`."""
         ...
 
-    def fetch(self, number: int, readers: tuple[int, ...], received: torch.Tensor, fetches: tuple[Fetch, ...]) -> None:
+    def fetch(
+        self, number: int, readers: tuple[int, ...], received: tuple[torch.Tensor, ...], fetches: tuple[Fetch, ...]
+    ) -> None:
         """Tell `readers` that this rank's part is packed, and copy from the peers of `fetches` into `received`."""
         ...
 
@@ -93,40 +94,60 @@ class DirectExchange:
 
     def __init__(self, memory: PeerMemory, size: int) -> None:
         self._memory, self._size = memory, size
+        rank = memory.rank
+        self._peers = [(rank + distance) % size for distance in range(1, size)]
         self._number = 0
         self._next = 0
         self._regions: deque[_Region] = deque()
         self._lock = threading.Lock()
 
-    def start(self, x: torch.Tensor, route: Route) -> torch.Tensor:
-        """Start an exchange and return what will be received, flat; read it after `finish`."""
-        rank, counts, item = self._memory.rank, route.counts, x.element_size()
-        peers = [(rank + distance) % self._size for distance in range(1, self._size)]
+    def start(
+        self, tensors: Sequence[torch.Tensor], routes: Sequence[Route], into: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Start the exchange of several tensors at once.
+
+        Args:
+            tensors: What this rank sends.
+            routes: The route of each.
+            into: Where what is received goes, of its shape, if there is one tensor.
+
+        Returns:
+            For each what is received, to be read after `finish`: of the route's shape, or flat if parts overlap there.
+        """
+        rank = self._memory.rank
+        places, length = [], 0
+        for x, route in zip(tensors, routes, strict=True):
+            places.append(length)
+            length += _aligned(max(_packed(route, sender) for sender in range(self._size)) * x.element_size())
+        readers = tuple([peer for peer in self._peers if any(route.counts[rank][peer] for route in routes)])
         with self._lock:
             self._number += 1
-            readers = tuple([peer for peer in peers if counts[rank][peer]])
-            start = self._claim(max(_packed(route, sender) for sender in range(self._size)) * item, readers)
-            received = x.new_empty(sum(counts[sender][rank] for sender in range(self._size)))
-            self._pack(x, route, start)
-            own = sum(counts[sender][rank] for sender in range(rank))
-            _copy_parts(x, route.send.dim, route.send.parts[rank], received[own : own + counts[rank][rank]])
-            fetches, position = [], 0
-            for sender in range(self._size):
-                if sender != rank and counts[sender][rank]:
-                    source = start + _place(route, sender, rank) * item
-                    fetches.append(Fetch(sender, source, position * item, counts[sender][rank] * item))
-                position += counts[sender][rank]
-            fetches.sort(key=lambda fetch: peers.index(fetch.peer))
-            self._memory.fetch(self._number, readers, received, tuple(fetches))
-        return received
+            start = self._claim(length, readers)
+            received, fetches = [], []
+            for x, route, place in zip(tensors, routes, places, strict=True):
+                self._pack(x, route, start + place)
+                target = _room(x, route) if into is None else into
+                received.append(target)
+                parts = [_parts_of(target, route, sender) for sender in range(self._size)]
+                for piece, interval in zip(parts[rank], route.send.parts[rank], strict=True):
+                    own = x.narrow(route.send.dim, interval[0], interval[1] - interval[0])
+                    piece.view(own.shape).copy_(own)
+                for peer in self._peers:
+                    source = start + place + _place(route, peer, rank) * x.element_size()
+                    for piece in parts[peer]:
+                        if piece.numel():
+                            fetches.append(Fetch(peer, source, piece))
+                            source += piece.numel() * x.element_size()
+            fetches.sort(key=lambda fetch: self._peers.index(fetch.peer))
+            self._memory.fetch(self._number, readers, tuple(received), tuple(fetches))
+        return tuple(received)
 
     def finish(self, received: torch.Tensor) -> bool:
         """Let what comes next on this stream wait until `received` is complete; return whether `start` returned it."""
         return self._memory.finish(received)
 
-    def _claim(self, num_bytes: int, readers: tuple[int, ...]) -> int:
+    def _claim(self, length: int, readers: tuple[int, ...]) -> int:
         """Return where this exchange's region starts, once nobody reads what was there."""
-        length = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         memory = self._memory
         if length > memory.capacity:
             self._free(0, memory.capacity)
@@ -152,18 +173,57 @@ class DirectExchange:
             self._memory.wait_until_read(peer, number)
 
     def _pack(self, x: torch.Tensor, route: Route, start: int) -> None:
+        """Lay out what peers need of `x`, part after part."""
         rank, item = self._memory.rank, x.element_size()
         staging = self._memory.staging()
+        dim, parts = route.send
         if route.is_gather:
-            flat = staging[start : start + x.numel() * item].view(x.dtype)
-            flat.view(x.shape).copy_(x)
+            staging[start : start + x.numel() * item].view(x.dtype).view(x.shape).copy_(x)
             return
-        for peer in range(self._size):
-            count = route.counts[rank][peer]
-            if peer != rank and count:
-                first = start + _place(route, rank, peer) * item
-                flat = staging[first : first + count * item].view(x.dtype)
-                _copy_parts(x, route.send.dim, route.send.parts[peer], flat)
+        for peer in self._peers:
+            position = start + _place(route, rank, peer) * item
+            for first, last in parts[peer]:
+                piece = x.narrow(dim, first, last - first)
+                stop = position + piece.numel() * item
+                if piece.numel():
+                    staging[position:stop].view(x.dtype).view(piece.shape).copy_(piece)
+                position = stop
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def has_own_places(route: Route) -> bool:
+    """Return whether what is received falls into parts that do not overlap, so that each goes straight to its place."""
+    intervals = sorted(interval for part in route.receive.parts for interval in part if interval[1] > interval[0])
+    stops = [0, *[last for _, last in intervals]]
+    return stops[-1] == route.shape[route.receive.dim] and [first for first, _ in intervals] == stops[:-1]
+
+
+def _room(x: torch.Tensor, route: Route) -> torch.Tensor:
+    """Return an empty tensor for what is received: of the route's shape if each part has a place of its own, else flat."""
+    if has_own_places(route):
+        return x.new_empty(route.shape)
+    return x.new_empty(sum(math.prod(piece) for sender in range(len(route.counts)) for piece in _shapes(route, sender)))
+
+
+def _parts_of(received: torch.Tensor, route: Route, sender: int) -> list[torch.Tensor]:
+    """Return where the part of `sender` goes, an entry for each of its intervals."""
+    dim, parts = route.receive
+    if received.dim() == len(route.shape):
+        return [received.narrow(dim, first, last - first) for first, last in parts[sender]]
+    position = sum(math.prod(piece) for before in range(sender) for piece in _shapes(route, before))
+    pieces = []
+    for shape in _shapes(route, sender):
+        pieces.append(received[position : position + math.prod(shape)])
+        position += math.prod(shape)
+    return pieces
+
+
+def _shapes(route: Route, sender: int) -> list[tuple[int, ...]]:
+    dim, parts = route.receive
+    return [(*route.shape[:dim], last - first, *route.shape[dim + 1 :]) for first, last in parts[sender]]
 
 
 def _packed(route: Route, sender: int) -> int:
@@ -173,22 +233,11 @@ def _packed(route: Route, sender: int) -> int:
 
 
 def _place(route: Route, sender: int, receiver: int) -> int:
-    """Return where in the region of `sender` the part for `receiver` starts, in elements."""
+    """Return where among what `sender` lays out the part for `receiver` starts, in elements."""
     if route.is_gather:
         return 0
-    return sum(route.counts[sender][before] for before in range(receiver) if before != sender)
-
-
-def _copy_parts(x: torch.Tensor, dim: int, part: tuple[tuple[int, int], ...], flat: torch.Tensor) -> None:
-    """Write intervals of `x` along `dim`, one after another, to `flat`."""
-    position = 0
-    row = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
-    for first, last in part:
-        count = row * (last - first)
-        shape = (*x.shape[:dim], last - first, *x.shape[dim + 1 :])
-        if count:
-            flat[position : position + count].view(shape).copy_(x.narrow(dim, first, last - first))
-        position += count
+    others = [(sender + distance) % len(route.counts) for distance in range(1, len(route.counts))]
+    return sum(route.counts[sender][before] for before in others[: others.index(receiver)])
 
 
 _exchanges: dict[str, tuple[object, DirectExchange | None]] = {}

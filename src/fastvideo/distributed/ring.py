@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastvideo.distributed.collectives import Cut, Interval, Route, start, unpack, wait
+from fastvideo.distributed.collectives import Cut, Interval, Route, arrive, start
 from fastvideo.distributed.merge import PartialMerger
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.shards import split_lengths
@@ -246,9 +246,11 @@ class _Parts(torch.autograd.Function):
             else:
                 route = step.fetch.back()
                 sent = start(part_kv, route, name)
-                _add_arrived(grad_kv, on_the_way, name)
+                if on_the_way is not None:
+                    grad_kv += arrive(*on_the_way, name)
                 on_the_way = (sent, route)
-        _add_arrived(grad_kv, on_the_way, name)
+        if on_the_way is not None:
+            grad_kv += arrive(*on_the_way, name)
         grad_key, grad_value = grad_kv.to(key.dtype).unbind(0)
         return (
             grad_query.to(query.dtype),
@@ -261,15 +263,6 @@ class _Parts(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _add_arrived(grad_kv: torch.Tensor, on_the_way: tuple[torch.Tensor, Route] | None, name: str) -> None:
-    if on_the_way is not None:
-        started, route = on_the_way
-        for part in route.receive.parts:
-            for first, last in part:  # one interval, from the rank that was shown these keys
-                shape = (*route.shape[:2], last - first, *route.shape[3:])
-                grad_kv[:, :, first:last] += wait(started, name).view(shape)
 
 
 class _Keys:
@@ -299,7 +292,7 @@ class _Keys:
             first, last = step.keys
             k, v = (x[:, first:last] for x in self._own)
         else:
-            k, v = unpack(wait(started, self._name), step.fetch.receive, step.fetch.shape).unbind(0)
+            k, v = arrive(started, step.fetch, self._name).unbind(0)
         self._next = self._start(number + 1)
         if number == 0 and self._more is not None:
             k, v = torch.cat([k, self._more[0]], dim=1), torch.cat([v, self._more[1]], dim=1)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
+import math
 import pathlib
 import platform
 import weakref
@@ -41,7 +43,7 @@ def why_not_symmetric(device: torch.device, group: dist.ProcessGroup, wish: str)
     here = (
         wish,
         _host(),
-        "" if _driver() is not None else "the package cuda-bindings, which CUDA builds of torch need, is missing",
+        "" if _bindings("driver") is not None else "the package cuda-bindings, which CUDA builds of torch need, is missing",
     )
     told: list[Any] = [None] * group.size()
     with torch.cuda.device(device):
@@ -78,7 +80,7 @@ class SymmetricMemory:
         self.name, self.rank, self.capacity = group.group_name, group.rank(), 0
         self._device, self._size = device, group.size()
         self._copies: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._driver = _driver()
+        self._driver, self._runtime = _bindings("driver"), _bindings("runtime")
         self._coming: dict[int, tuple[torch.cuda.Event, torch.Tensor]] = {}
         self._last_waited = 0
         self._allocate(capacity)
@@ -128,23 +130,47 @@ class SymmetricMemory:
         """See `PeerMemory`."""
         self._wait(torch.cuda.current_stream(self._device).cuda_stream, _READ + 4 * peer, number)
 
-    def fetch(self, number: int, readers: tuple[int, ...], received: torch.Tensor, fetches: tuple[Fetch, ...]) -> None:
-        """See `PeerMemory`."""
+    def fetch(
+        self, number: int, readers: tuple[int, ...], received: tuple[torch.Tensor, ...], fetches: tuple[Fetch, ...]
+    ) -> None:
+        """See `PeerMemory`. What is fetched from a peer stands together in `fetches`."""
         copies = self._copies
         copies.wait_stream(torch.cuda.current_stream(self._device))
         stream = copies.cuda_stream
         for reader in readers:
             self._write(stream, reader, 4 * self.rank, number)
-        for peer, source, target, num_bytes in fetches:
+        for peer, parts in itertools.groupby(fetches, key=lambda fetch: fetch.peer):
             self._wait(stream, 4 * peer, number)
-            _checked(
-                self._driver.cuMemcpyAsync(received.data_ptr() + target, self._bases[peer] + _WORDS + source, num_bytes, stream)
-            )
+            for part in parts:
+                self._copy(stream, part.target, self._bases[peer] + _WORDS + part.source)
             self._write(stream, peer, _READ + 4 * self.rank, number)
-        if received.numel():
-            done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(copies)
-            self._coming[received.data_ptr()] = (done, received)
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(copies)
+        for x in received:
+            if x.numel():
+                self._coming[x.data_ptr()] = (done, x)
+
+    def _copy(self, stream: int, target: torch.Tensor, source: int) -> None:
+        """Copy what stands at an address without gaps to `target`, in which only the outer dims may leave gaps."""
+        item = target.element_size()
+        row = 1
+        dims = [(size, stride) for size, stride in zip(target.shape, target.stride(), strict=True) if size > 1]
+        while dims and dims[-1][1] == row:
+            row *= dims.pop()[0]
+        num_rows = math.prod(size for size, _ in dims)
+        for (_, outer), (size, inner) in itertools.pairwise(dims):
+            if outer != size * inner:
+                raise ValueError(f"expected rows at equal distances, got strides {target.stride()} of {tuple(target.shape)}")
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
+        if num_rows == 1:
+            _checked(self._runtime.cudaMemcpyAsync(target.data_ptr(), source, row * item, kind, stream))
+        else:
+            pitch = dims[-1][1] * item
+            _checked(
+                self._runtime.cudaMemcpy2DAsync(
+                    target.data_ptr(), pitch, source, row * item, row * item, num_rows, kind, stream
+                )
+            )
 
     def finish(self, received: torch.Tensor) -> bool:
         """See `PeerMemory`."""
@@ -174,14 +200,14 @@ def _checked(result: tuple[Any, ...]) -> None:
     """Raise if a call of the driver failed."""
     error = result[0]
     if int(error) != 0:
-        raise RuntimeError(f"CUDA's driver refused a copy or a word between devices: {error!r}")
+        raise RuntimeError(f"CUDA refused a copy or a word between devices: {error!r}")
 
 
 @functools.cache
-def _driver() -> Any:
-    """Return CUDA's driver API, or `None` where the package that brings it is missing."""
+def _bindings(name: str) -> Any:
+    """Return a part of CUDA's API, or `None` where the package that brings it is missing."""
     try:
-        return importlib.import_module("cuda.bindings.driver")
+        return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError:
         return None
 
