@@ -123,7 +123,7 @@ def test_head_size_that_no_backend_takes() -> None:
         (torch.ones(2, 100, dtype=torch.bool), ValueError, r"\[2, 128\], got \(2, 100\)"),
         (torch.ones(2, 128), TypeError, "key padding mask in torch.bool"),
         (torch.ones(128, 128, 128, dtype=torch.bool), ValueError, r"key padding \[2, 128\] or as"),
-        (torch.ones(2, 3, 128, 128, dtype=torch.bool), ValueError, r"\[2|1, 4|1, 128, 128\]"),
+        (torch.ones(2, 3, 128, 128, dtype=torch.bool), ValueError, r"\[2\|1, 4\|1, 128, 128\]"),
         (torch.ones(2, 1, 1, 128, dtype=torch.bool), ValueError, "128, 128"),
         (torch.ones(1, 1, 128, 128, dtype=torch.float64), TypeError, "query's dtype"),
         (torch.ones(1, 1, 128, 128, dtype=torch.int32), TypeError, "query's dtype"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 
@@ -20,12 +21,15 @@ from fastvideo.attention import (
     explain,
     get_attn_backend,
     register_attn_backend,
+    registry,
     use_attn_backend,
 )
+from fastvideo.attention.registry import ENTRY_POINT_GROUP, registered_backends
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.attention.selector import Wish, choose
 from fastvideo.platforms import AttentionBackendEnum, System, describe_system
 
+RESERVED = ("auto", "no_attention", "torch_sdpa")
 WAN = {"heads": 40, "head_size": 128, "seq": 75_600}
 
 
@@ -120,6 +124,37 @@ def test_no_attention_names_no_implementation(qkv) -> None:
     with pytest.raises(BackendUnavailable, match="names no implementation"):
         get_attn_backend(64, torch.float32, supported)
     assert get_attn_backend(64, torch.float32, (*supported, AttentionBackendEnum.TORCH_SDPA)).get_name() == "TORCH_SDPA"
+
+
+class RaisingBackend(SpecBackend):
+    @classmethod
+    def rejections(cls, request):
+        raise AttributeError("no such field")
+
+
+def test_a_third_partys_backend_that_raises_stops_no_other(qkv, monkeypatch) -> None:
+    monkeypatch.setitem(registry._REGISTERED, "RAISING", registry.BackendEntry("RAISING", RaisingBackend, "registered"))
+    for wish in (None, "TORCH_SDPA"):
+        assert attention(*qkv, backend=wish).shape == qkv[0].shape
+    report = explain(heads=4, head_size=16, seq=24, system="cpu")
+    assert (report.chosen, report.reasons("RAISING")) == (
+        "TORCH_SDPA",
+        ("its class raised AttributeError when it was asked: no such field",),
+    )
+    with pytest.raises(BackendUnavailable, match="RAISING: its class raised AttributeError when it was asked: no such field"):
+        attention(*qkv, backend="RAISING")
+
+
+def test_entry_points_take_no_reserved_names(monkeypatch, caplog) -> None:
+    points = [importlib.metadata.EntryPoint(name, "nowhere:Nothing", ENTRY_POINT_GROUP) for name in RESERVED]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    registry._entry_points.cache_clear()
+    try:
+        assert not {"AUTO", "NO_ATTENTION"} & registered_backends().keys()
+        assert registered_backends()["TORCH_SDPA"].origin == "built-in"
+        assert caplog.text.count("is no free name") == len(RESERVED)
+    finally:
+        registry._entry_points.cache_clear()
 
 
 def test_unknown_names_come_with_close_matches(qkv) -> None:

@@ -187,7 +187,7 @@ def _entry_points() -> dict[str, BackendEntry]:
     found = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         key = point.name.upper()
-        if key in _BUILT_INS or key == "AUTO" or not re.fullmatch(_NAME, key):
+        if key in (*_BUILT_INS, "AUTO", AttentionBackendEnum.NO_ATTENTION.name) or not re.fullmatch(_NAME, key):
             logger.warning("entry point %r of group %s is no free name and is ignored", key, ENTRY_POINT_GROUP)
             continue
         found[key] = BackendEntry(key, point.value, "entry point")

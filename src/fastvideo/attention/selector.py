@@ -157,12 +157,17 @@ def _verdict(name: str, request: AttentionRequest, *, automatic: bool) -> Verdic
         backend = load_backend(name)
     except BackendLoadError as error:
         return Verdict(name, (f"can't be loaded: {error}",))
-    reasons = backend.rejections(request)
+    try:
+        reasons, speed = backend.rejections(request), backend.expected_speed(request)
+    except Exception as error:  # what a third party's class raises must not stop other backends
+        if registered_backends()[name].origin == "built-in":
+            raise
+        return Verdict(name, (f"its class raised {type(error).__name__} when it was asked: {error}",))
     if automatic and backend.exact and backend.requires_metadata():
         wanted = backend.get_metadata_cls()
         if request.metadata_cls is None or not issubclass(request.metadata_cls, wanted):
             reasons = (*reasons, f"needs metadata of class {wanted.__name__}; set it with set_forward_context(...)")
-    return Verdict(name, tuple(reasons), backend.exact, backend.expected_speed(request))
+    return Verdict(name, tuple(reasons), backend.exact, speed)
 
 
 def resolve_wish(
