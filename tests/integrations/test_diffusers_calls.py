@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 
 import diffusers
@@ -264,6 +265,18 @@ def test_gates_that_diffusers_dropped_are_an_error(tmp_path, monkeypatch) -> Non
         with pytest.raises(ValueError, match=r"transformer holds gates .*blocks.0.to_gate_compress.weight .*WanInPipeline"):
             apply(loaded)
         assert plan_of(loaded) is None
+    # From the Hub, diffusers notes the repository's name alone.
+    repository = tmp_path / "models--a--wan"
+    shutil.copytree(tmp_path / "transformer", repository / "snapshots" / "0" / "transformer")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded.register_to_config(_name_or_path="a/wan")
+    with pytest.raises(ValueError, match=r"snapshots/0/transformer holds gates"):
+        apply(loaded)
+    for elsewhere in ("a/other", "/a/folder/that/is/gone"):
+        loaded.register_to_config(_name_or_path=elsewhere)
+        apply(loaded)
     apply(model)
     assert torch.isfinite(call(model, inputs)).all()
 

@@ -21,7 +21,7 @@ from fastvideo.integrations.diffusers.family import (
 )
 from fastvideo.integrations.diffusers.rotary import rotate_neighbours
 from fastvideo.integrations.plan import Place
-from fastvideo.models.wan.checkpoint import gate_names, read_header
+from fastvideo.models.wan.checkpoint import INDEX_NAME, WEIGHTS_NAME, gate_names, read_header
 
 __all__ = ["WanCrossProcessor", "WanFamily", "WanSelfProcessor"]
 
@@ -92,6 +92,21 @@ class WanCrossProcessor(Processor):
         return project_out(attn, output)
 
 
+def _folders(source: str) -> Iterable[Path]:
+    """Return where weights may lie of what diffusers noted: a folder or repository, or the one around a subfolder."""
+    if not source or Path(source).is_dir():
+        return [Path(source), Path(source, "transformer")] if source else []
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    files = [f"{folder}{name}" for folder in ("", "transformer/") for name in (WEIGHTS_NAME, INDEX_NAME)]
+    try:
+        found = [try_to_load_from_cache(source, file) for file in files]
+    except HFValidationError:  # a folder that is gone
+        return []
+    return [Path(path).parent for path in found if isinstance(path, str)]
+
+
 class WanFamily(Family):
     """Wan's video transformers."""
 
@@ -102,12 +117,10 @@ class WanFamily(Family):
         """Refuse a model whose checkpoint has gates of Video Sparse Attention, which diffusers dropped when it loaded it.
 
         Raises:
-            ValueError: The folder that it was loaded from holds such weights.
+            ValueError: The folder that it was loaded from, or what the Hub's cache holds of that repository, has such weights.
         """
         config: Any = model.config
-        source = Path(str(config.get("_name_or_path") or "/nowhere"))
-        # diffusers notes the folder, or the one around it where it was told a subfolder.
-        for folder in (source, source / "transformer"):
+        for folder in _folders(str(config.get("_name_or_path") or "")):
             names = {name for path in folder.glob("*.safetensors") for name in read_header(path)}
             if gates := gate_names(names):
                 raise ValueError(
