@@ -317,6 +317,11 @@ def test_bad_calls_are_refused(name: str) -> None:
     assert not cache[0].any()
 
 
+def test_causal_is_the_caches_to_say() -> None:
+    with pytest.raises(TypeError, match="takes no causal: its KVCache says"):
+        StreamingAttention(HEADS, HEAD_SIZE, causal=True)
+
+
 def run_rank(rank: int, folder: str) -> None:
     """One of two ranks: its shard of every chunk, against the whole clip on one."""
     torch.set_num_threads(1)

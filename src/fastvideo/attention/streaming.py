@@ -52,7 +52,7 @@ class StreamingAttention(_AttentionLayer):
         **extra_impl_args: Handed to the implementation, which refuses what it doesn't know.
 
     Raises:
-        TypeError: A size, the scale or the mesh is of a wrong type.
+        TypeError: A size, the scale or the mesh is of a wrong type, or `causal` is given.
         ValueError: A size or the scale is out of range.
         UnknownBackend: A backend's name is unknown.
 
@@ -81,6 +81,8 @@ class StreamingAttention(_AttentionLayer):
         mesh: DeviceMesh | ProcessGroup | SequenceGroup | None = None,
         **extra_impl_args,
     ) -> None:
+        if "causal" in extra_impl_args:
+            raise TypeError("a streaming layer takes no causal: its KVCache says which frames see which; leave it out")
         super().__init__(
             num_heads,
             head_size,
