@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastvideo.block_sparse.eager import eager_function, function_of
 from fastvideo.block_sparse.impl import choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
@@ -94,7 +95,8 @@ def block_sparse_attention(
     # Not `math.isfinite`, which Dynamo can't trace for a symbolic scale.
     if not -math.inf < scale < math.inf:
         raise ValueError(f"expected a finite scale, got {scale=}")
-    out, lse = _forward_op(query, key, value, *_flatten(pattern), scale, _AUTOMATIC if impl is None else impl)
+    run = eager_function(_forward_op, _EagerAttention, (query, key, value))
+    out, lse = run(query, key, value, *_flatten(pattern), scale, _AUTOMATIC if impl is None else impl)
     return (out, lse) if return_lse else out
 
 
@@ -252,3 +254,4 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+_EagerAttention = function_of(_forward_op, _backward, _setup_context)

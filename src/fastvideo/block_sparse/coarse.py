@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvideo.block_sparse.eager import eager_function, function_of
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
 from fastvideo.platforms.triton_support import device_of, runs_triton
 from fastvideo.video import TileGrid, tile_mean
@@ -45,7 +46,8 @@ def tile_means(query: Tensor, key: Tensor, value: Tensor | None, geometry: Video
         with torch.no_grad():
             mean_query, mean_key = _means_op(query, key, None, grid.grid_tyx, grid.tile_tyx, scale)[:2]
         return TileMeans(mean_query, mean_key, ())
-    mean_query, mean_key, *low = _means_op(query, key, value, grid.grid_tyx, grid.tile_tyx, scale)
+    run = eager_function(_means_op, _EagerMeans, (query, key, value))
+    mean_query, mean_key, *low = run(query, key, value, grid.grid_tyx, grid.tile_tyx, scale)
     return TileMeans(mean_query, mean_key, tuple(low))
 
 
@@ -190,6 +192,7 @@ def _differentiate(ctx: Any, _dmean_query: None, _dmean_key: None, *dlow: Tensor
 
 
 _means_op.register_autograd(_differentiate, setup_context=_save)
+_EagerMeans = function_of(_means_op, _differentiate, _save)
 
 
 def _in_kernels(x: Tensor) -> bool:

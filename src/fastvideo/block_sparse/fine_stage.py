@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvideo.block_sparse.eager import eager_function, function_of
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
 from fastvideo.block_sparse.impl import Implementation, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
@@ -56,7 +57,8 @@ def attend_to_tiles(
     grid = geometry.grid
     name = _AUTOMATIC if impl is None else impl
     tensors = (query, key, value, coarse, gate, indices)
-    out: Tensor = _forward_op(*tensors, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, scale, name)[0]
+    run = eager_function(_forward_op, _EagerFine, tensors)
+    out: Tensor = run(*tensors, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, scale, name)[0]
     return out
 
 
@@ -210,6 +212,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
+_EagerFine = function_of(_forward_op, _differentiate, _save)
 
 
 def _in_kernels(x: Tensor) -> bool:

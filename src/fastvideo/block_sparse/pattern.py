@@ -9,6 +9,7 @@ Shape legend: B batch, H heads, S tokens, Nq / Nk query / key tiles, K width of 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ class TileLayout:
     """How the `num_tokens` tokens of a sequence are cut into tiles of real tokens (no padding).
 
     Tile `i` owns the packed rows `offsets[i] : offsets[i + 1]`; packed row `r` is token `order[r]`.
-    The plain integers repeat what the tensors say, so that no kernel launch has to wait for a device.
+    The plain integers repeat what the tensors say, so that no kernel launch has to wait for a device. Construction reads
+    no tensor; `validate` does.
 
     Args:
         offsets: `[N + 1]` int32, ascending from 0 to `num_tokens`.
@@ -56,14 +58,19 @@ class TileLayout:
         """Build a layout from tile sizes known on the host.
 
         Args:
-            sizes: Tokens of each tile, all at least 1.
-            order: Permutation `[sum(sizes)]` from packed row to token, or None for the identity.
+            sizes: Tokens of each tile, integers of at least 1.
+            order: Permutation `[sum(sizes)]` from packed row to token, of any integer type, or None for the identity.
+                Its values are not read here; `validate` reads them.
             device: Where the tensors live; that of `order` by default, else the CPU.
 
         Raises:
+            TypeError: For a size or an `order` that isn't of integers.
             ValueError: For no tiles, a tile without tokens or an `order` of another length.
         """
-        sizes = [int(size) for size in sizes]
+        wrong = [size for size in sizes if isinstance(size, bool) or not hasattr(size, "__index__")]
+        if wrong:
+            raise TypeError(f"expected integers as tile sizes, got {wrong[0]!r}")
+        sizes = [operator.index(size) for size in sizes]
         if not sizes or min(sizes) < 1:
             raise ValueError(f"expected one or more tiles of at least 1 token, got sizes={sizes[:16]}")
         num_tokens = sum(sizes)
@@ -71,7 +78,7 @@ class TileLayout:
             if order.shape != (num_tokens,):
                 raise ValueError(f"expected order of shape ({num_tokens},), the sum of sizes, got {tuple(order.shape)}")
             device = order.device if device is None else device
-            order = order.to(device=device, dtype=torch.int32)
+            order = _narrowed("order", order).to(device)
         ends = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
         return cls(
             offsets=ends.to(device=device, dtype=torch.int32),
@@ -111,6 +118,48 @@ class TileLayout:
         if self.order is None:
             return packed
         return torch.empty_like(packed).scatter_(0, self.order.long(), packed)
+
+    def validate(self) -> None:
+        """Check what `offsets` and `order` hold, and that the plain integers agree; reads them on the host.
+
+        Raises:
+            TypeError: For tensors that are not int32.
+            ValueError: For offsets that do not ascend from 0 to `num_tokens`, integers that contradict them, or an `order`
+                that is no permutation of the tokens.
+
+        Example:
+            >>> TileLayout.from_sizes([2, 1], order=torch.tensor([2, 0, 1])).validate()
+        """
+        offsets, order = self.offsets, self.order
+        if offsets.dtype != torch.int32 or (order is not None and order.dtype != torch.int32):
+            raise TypeError(
+                f"expected int32 offsets and order, got {offsets.dtype}" + (f" and {order.dtype}" if order is not None else "")
+            )
+        if offsets.ndim != 1 or self.num_tiles < 1:
+            raise ValueError(f"expected offsets [N + 1] of one or more tiles, got shape {tuple(offsets.shape)}")
+        first, last, sizes = int(offsets[0]), int(offsets[-1]), offsets.long().diff()
+        smallest, largest = int(sizes.min()), int(sizes.max())
+        if smallest < 1 or (first, last) != (0, self.num_tokens):
+            raise ValueError(
+                f"expected offsets that ascend from 0 to num_tokens={self.num_tokens}, got {first} to {last}, "
+                f"tiles of {smallest} to {largest} tokens"
+            )
+        if (self.max_size, self.is_uniform) != (largest, smallest == largest):
+            raise ValueError(
+                f"expected max_size={largest} and is_uniform={smallest == largest}, as offsets have it, "
+                f"got {self.max_size} and {self.is_uniform}"
+            )
+        if order is None:
+            return
+        if order.shape != (self.num_tokens,):
+            raise ValueError(f"expected order of shape ({self.num_tokens},), got {tuple(order.shape)}")
+        ranked = order.sort().values
+        wrong = ranked != torch.arange(self.num_tokens, dtype=torch.int32, device=order.device)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"expected order to be a permutation of 0 to {self.num_tokens - 1}, got values {int(ranked[0])} to "
+                f"{int(ranked[-1])}, sorted {int(ranked[wrong][0])} in place {int(wrong.nonzero()[0])}"
+            )
 
 
 class InvertedLists(NamedTuple):
@@ -208,15 +257,20 @@ class BlockPattern:
             indices: Ascending lists `[Nq, K]`, or `[B|1, H|1, Nq, K]`, any integer type.
             query_tiles: Layout of the queries.
             key_tiles: Layout of the keys.
-            counts: `indices.shape[:-1]`, how many entries of each list count; None means all.
+            counts: `indices.shape[:-1]`, how many entries of each list count, any integer type; None means all.
 
         Raises:
-            ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`.
+            TypeError: For indices or counts that are not of an integer type.
+            ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`; for a layout whose
+                own `validate` refuses it.
         """
         if indices.ndim == 2:
             indices = indices[None, None]
             counts = counts[None, None] if counts is not None else None
-        pattern = cls(query_tiles, key_tiles, indices.to(torch.int32), counts.to(torch.int32) if counts is not None else None)
+        narrow_counts = None if counts is None else _narrowed("counts", counts)
+        pattern = cls(query_tiles, key_tiles, _narrowed("indices", indices), narrow_counts)
+        # As they came, so that an error names the value that was given.
+        _check_lists(indices.long(), None if counts is None else counts.long(), key_tiles.num_tiles)
         pattern.validate()
         return pattern
 
@@ -226,26 +280,21 @@ class BlockPattern:
 
     def is_listed(self) -> Tensor:
         """Which entries of `indices` count, bool, `[B|1, H|1, Nq, K]`."""
-        if self.counts is None:
-            return torch.ones_like(self.indices, dtype=torch.bool)
-        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        return _listed(self.indices, self.counts)
 
     def validate(self) -> None:
-        """Check the values of the lists; reads them on the host.
+        """Check the values of the lists and of both layouts; reads them on the host.
+
+        Kernels trust them: a token or a tile that doesn't exist is memory outside the tensors.
 
         Raises:
-            ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`.
+            TypeError: For a layout whose tensors are not int32.
+            ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`; for a layout whose
+                own `validate` refuses it.
         """
-        width, num_key_tiles = self.indices.shape[-1], self.key_tiles.num_tiles
-        if self.counts is not None and bool(((self.counts < 0) | (self.counts > width)).any()):
-            raise ValueError(f"expected counts in [0, {width}], got {int(self.counts.min())} to {int(self.counts.max())}")
-        listed = self.is_listed()
-        inside = (self.indices >= 0) & (self.indices < num_key_tiles)
-        if not bool((inside | ~listed).all()):
-            wrong = self.indices[listed & ~inside]
-            raise ValueError(f"expected key tiles in [0, {num_key_tiles}), got {int(wrong[0])}")
-        if not bool(((self.indices.diff(dim=-1) > 0) | ~listed[..., 1:]).all()):
-            raise ValueError("expected strictly ascending key tiles in every list; sort the lists and drop duplicates")
+        self.query_tiles.validate()
+        self.key_tiles.validate()
+        _check_lists(self.indices, self.counts, self.key_tiles.num_tiles)
 
     def tile_mask(self) -> Tensor:
         """The bool tile mask, `[B|1, H|1, Nq, Nk]`, True = sees."""
@@ -267,3 +316,30 @@ class BlockPattern:
         bounds = torch.arange(num_key_tiles + 1, dtype=torch.int32, device=key.device)
         offsets = torch.searchsorted(key, bounds.expand(*key.shape[:2], -1).contiguous(), out_int32=True)
         return InvertedLists(offsets, (entry // width).to(torch.int32))
+
+
+def _narrowed(name: str, x: Tensor) -> Tensor:
+    """Integers as int32, without waiting for a device: those out of its range go to its ends, which no check accepts."""
+    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
+        raise TypeError(f"expected {name} of an integer type, got {x.dtype}")
+    limits = torch.iinfo(torch.int32)
+    return x if x.dtype == torch.int32 else x.long().clamp(limits.min, limits.max).to(torch.int32)
+
+
+def _listed(indices: Tensor, counts: Tensor | None) -> Tensor:
+    if counts is None:
+        return torch.ones_like(indices, dtype=torch.bool)
+    return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+
+
+def _check_lists(indices: Tensor, counts: Tensor | None, num_key_tiles: int) -> None:
+    width = indices.shape[-1]
+    if counts is not None and bool(((counts < 0) | (counts > width)).any()):
+        raise ValueError(f"expected counts in [0, {width}], got {int(counts.min())} to {int(counts.max())}")
+    listed = _listed(indices, counts)
+    inside = (indices >= 0) & (indices < num_key_tiles)
+    if not bool((inside | ~listed).all()):
+        wrong = indices[listed & ~inside]
+        raise ValueError(f"expected key tiles in [0, {num_key_tiles}), got {int(wrong[0])}")
+    if not bool(((indices.diff(dim=-1) > 0) | ~listed[..., 1:]).all()):
+        raise ValueError("expected strictly ascending key tiles in every list; sort the lists and drop duplicates")
