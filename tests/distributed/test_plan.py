@@ -139,8 +139,9 @@ def test_pieces_of_heads_travel_while_others_are_computed() -> None:
     whole, pieces = costs(head_groups=1), costs(head_groups=4)
     free = costs(head_groups=4, links=LinkModel(contention=0.0))
     for name in ("ulysses", "gather"):
-        assert pieces[name].exposed == pytest.approx(pieces[name].communication / 4)
-        hidden = pieces[name].communication * 3 / 4
+        # Of 24 heads on each rank, or 48, the first and the last group have an eighth.
+        assert pieces[name].exposed == pytest.approx(pieces[name].communication / 8)
+        hidden = pieces[name].communication * 7 / 8
         assert pieces[name].compute - whole[name].compute == pytest.approx(1.25 * hidden), "attention gives way to it"
         assert free[name].time < whole[name].time < pieces[name].time
         assert pieces[name].num_bytes == whole[name].num_bytes

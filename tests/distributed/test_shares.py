@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvideo.attention import shared_call
 from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
 from fastvideo.distributed.collectives import Route, consecutive, gather_route, pack, unpack
@@ -17,7 +19,7 @@ from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
 from fastvideo.distributed.ring import balanced_pieces, causal_steps, regroup_route, ring_steps
 from fastvideo.distributed.shards import resolve_lengths, shard_sequence
-from fastvideo.distributed.ulysses import cut_heads, head_route, join_heads, share_heads, token_route
+from fastvideo.distributed.ulysses import cut_heads, group_lengths, head_route, join_heads, share_heads, token_route
 
 LENGTHS = st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(sum)
 FAST = settings(max_examples=60, deadline=None)
@@ -62,10 +64,10 @@ def test_every_head_has_one_owner_who_holds_what_it_reads(kv_heads: int, readers
 def test_heads_go_for_tokens_and_come_back(lengths: list[int], heads: int, is_cut: bool) -> None:
     size = len(lengths)
     is_cut = is_cut and size > 1
-    heads = heads * 2 * size if is_cut else heads
+    heads = heads * 3 * size if is_cut else heads
     x = torch.arange(2 * sum(lengths) * heads * 3.0).view(2, sum(lengths), heads, 3)
-    num_groups = 2 if is_cut else 1
-    cut = [cut_heads(shard, size, num_groups) for shard in shards(x, 1, lengths)]
+    num_groups = 3 if is_cut else 1
+    cut = [cut_heads(shard, size, group_lengths(heads // size, num_groups)) for shard in shards(x, 1, lengths)]
     back: list[list[torch.Tensor]] = [[] for _ in lengths]
     for number in range(num_groups):
         owners = share_heads(heads, heads, size, number, num_groups).query
@@ -241,11 +243,34 @@ def test_float8_keeps_each_value_to_a_sixteenth(dtype) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "wanted", "expected"),
-    [("ulysses", None, 1), ("ulysses", 4, 4), ("ulysses", 3, 2), ("gather", None, 1), ("gather", 5, 4), ("ring", 4, 1)],
+    [("ulysses", None, 1), ("ulysses", 4, 4), ("ulysses", 5, 4), ("gather", None, 1), ("gather", 5, 5), ("ring", 4, 1)],
 )
 def test_heads_travel_at_once_unless_groups_are_asked_for(layout: str, wanted: int | None, expected: int) -> None:
-    shard = torch.empty(1, 1 << 15, 8, 128, device="meta")
-    lengths = (1 << 15,) * 2
-    call = SharedCall(shard, shard, shard, None, None, None, lengths, lengths, False, 1.0, reduces=True)
-    group = SequenceGroup("", (0, 1), 0)
-    assert num_head_groups(call, resolve_layout(layout, group), wanted) == expected, "a number that divides each rank's heads"
+    call, group = call_of(8), SequenceGroup("", (0, 1), 0)
+    assert num_head_groups(call, resolve_layout(layout, group), wanted, is_sparse=False) == expected
+    assert num_head_groups(call_of(7), resolve_layout("ulysses", group), 4, is_sparse=False) == 1, "7 heads don't divide"
+
+
+def call_of(num_heads: int) -> SharedCall:
+    shard = torch.empty(1, 1 << 15, num_heads, 128, device="meta")
+    return SharedCall(shard, shard, shard, None, None, None, (1 << 15,) * 2, (1 << 15,) * 2, False, 1.0, reduces=True)
+
+
+def test_sparse_attention_hides_its_exchange_where_copy_engines_carry_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = resolve_layout("ulysses", SequenceGroup("", (0, 1), 0))
+    assert num_head_groups(call_of(40), layout, None, is_sparse=True) == 1
+    monkeypatch.setattr(shared_call, "exchange_kind", lambda device: "direct")
+    assert num_head_groups(call_of(40), layout, None, is_sparse=True) == 3
+    assert num_head_groups(call_of(40), layout, None, is_sparse=False) == 1
+    assert num_head_groups(call_of(4), layout, None, is_sparse=True) == 1, "launches of more groups would take longer"
+    with_gradient = dataclasses.replace(call_of(40), query=torch.empty(1, 1 << 15, 40, 128, device="meta", requires_grad=True))
+    assert num_head_groups(with_gradient, layout, None, is_sparse=True) == 1
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 5, 8, 20, 40])
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 7])
+def test_groups_hold_all_heads_and_begin_and_end_small(num_heads: int, num_groups: int) -> None:
+    lengths = group_lengths(num_heads, num_groups)
+    assert (sum(lengths), len(lengths)) == (num_heads, num_groups)
+    if num_groups > 2 and num_heads >= num_groups:
+        assert lengths[0] == lengths[-1] == min(lengths) > 0

@@ -20,12 +20,28 @@ from fastvideo.attention.parts import BackendParts
 from fastvideo.attention.positions import in_one_sequence, join_at, place_of, split_at
 from fastvideo.attention.shared_call import SharedCall, as_planned, heads_at_backend, lengths_at_backend, num_head_groups
 from fastvideo.distributed.agreement import agree_on_backward
-from fastvideo.distributed.collectives import Launched, exchange, finish_exchange, gather_route, launch_exchange
+from fastvideo.distributed.collectives import (
+    Launched,
+    exchange,
+    finish_exchange,
+    gather_route,
+    launch_exchange,
+    launch_exchanges,
+)
 from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.ring import attend_in_parts, causal_steps, regroup_route, ring_steps
 from fastvideo.distributed.shards import gather_over_mesh, rows_of_mesh, sum_over_mesh
-from fastvideo.distributed.ulysses import HeadShares, cut_heads, exchange_mask, head_route, join_heads, share_heads, token_route
+from fastvideo.distributed.ulysses import (
+    HeadShares,
+    cut_heads,
+    exchange_mask,
+    group_lengths,
+    head_route,
+    join_heads,
+    share_heads,
+    token_route,
+)
 
 __all__ = ["Chosen", "place", "run_shared"]
 
@@ -80,7 +96,8 @@ def place(
     names = ranked_layouts(wish, group, needs_whole_sequence=needs_whole_sequence, **planned)
     for name in names:
         layout = resolve_layout(name, group)
-        grouped = replace(call, head_groups=num_head_groups(call, layout, head_groups))
+        count = num_head_groups(call, layout, head_groups, is_sparse=needs_whole_sequence)
+        grouped = replace(call, head_groups=count)
         fields = _request_fields(grouped, kind, layout)
         lacks_float8 = call.sends_float8 and fields["needs_lse"]
         if name == names[-1] or (not lacks_float8 and dispatcher.accepts(fields, metadata)):
@@ -164,24 +181,31 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
     rows, kv_rows = rows_of_mesh(call.lengths, ulysses), rows_of_mesh(call.kv_lengths, ulysses)
     heads = (call.query.shape[2], call.key.shape[2], ulysses.size)
     groups = [share_heads(*heads, number, call.head_groups) for number in range(call.head_groups)]
+    counts = group_lengths(heads[1] // ulysses.size, call.head_groups)
+    readers = heads[0] // heads[1]
     shared = replace(call, lengths=tuple(map(sum, rows)), kv_lengths=tuple(map(sum, kv_rows)), head_groups=1)
     if call.mask is not None and call.mask.dim() == 4:
         shared = replace(shared, mask=exchange_mask(call.mask, share_heads(*heads), rows[row], call.num_rows, ulysses))
     inputs = [(call.query, rows[row]), (call.key, kv_rows[row]), (call.value, kv_rows[row])]
     inputs += [] if call.gate is None else [(call.gate, rows[row])]
-    cut = [cut_heads(call.packed(x), ulysses.size, call.head_groups) for x, _ in inputs]
+    cut = []
+    for place, (x, _) in enumerate(inputs):
+        of_key = place in (1, 2)
+        lengths = [count * (1 if of_key else readers) for count in counts]
+        cut.append(cut_heads(call.packed(x), ulysses.size, lengths))
 
     def launch(number: int) -> list[Launched]:
-        shares = groups[number]
-        result = []
-        for (_, lengths), pieces, readers in zip(
-            inputs, cut, (shares.query, shares.key, shares.key, shares.query), strict=False
-        ):
-            route = head_route(pieces[number].shape, readers, lengths, ulysses.rank)
-            result.append(launch_exchange(pieces[number], route, ulysses))
-        return result
+        shares, pieces = groups[number], [of_input[number] for of_input in cut]
+        owners = (shares.query, shares.key, shares.key, shares.query)
+        routes = [
+            head_route(piece.shape, own, lengths, ulysses.rank)
+            for piece, own, (_, lengths) in zip(pieces, owners, inputs, strict=False)
+        ]
+        return launch_exchanges(pieces, routes, ulysses)
 
     arriving, leaving, rests = launch(0), [], []
+    room: Tensor | None = None
+    position = 0
     for number, shares in enumerate(groups):
         query, key, value, *gate = [call.unpacked(finish_exchange(launched, ulysses)) for launched in arriving]
         if number + 1 < len(groups):
@@ -191,11 +215,19 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         output, rest = _attend_over_heads(part, layout, chosen)
         output = call.packed(output)
         route = token_route(output.shape, shares.query, rows[row], ulysses.rank, is_group=len(groups) > 1)
-        leaving.append(launch_exchange(output, route, ulysses))
+        into = None
+        if len(groups) > 1 and not (output.requires_grad and torch.is_grad_enabled()):
+            # Groups differ in heads alone, so each goes to its place in the whole, and nothing is left to join.
+            if room is None:
+                room = output.new_empty(*route.shape[:3], heads[0] // ulysses.size, output.shape[-1])
+            into = room[:, :, :, position : position + output.shape[2]]
+            position += output.shape[2]
+        leaving.append(launch_exchange(output, route, ulysses, into=into))
         if rest is not None:
             route = gather_route(rest.shape, 2, [stop - start for start, stop in shares.query])
             rests.append(launch_exchange(rest, route, ulysses))
-    output = call.unpacked(join_heads([finish_exchange(launched, ulysses) for launched in leaving], ulysses.size))
+    pieces = [finish_exchange(launched, ulysses) for launched in leaving]
+    output = call.unpacked(join_heads(pieces, ulysses.size) if room is None else room.flatten(2, 3))
     return output, join_heads([finish_exchange(launched, ulysses) for launched in rests], ulysses.size) if rests else None
 
 
@@ -303,12 +335,15 @@ def _share_in_one_sequence(call: SharedCall, layout: Layout, chosen: Chosen) -> 
 def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
     """Gather all keys and attend to them; one group of heads after another."""
     count = call.head_groups
-    cut = [cut_heads(x, 1, count) for x in (call.query, call.packed(call.key), call.packed(call.value))]
+    lengths = group_lengths(call.key.shape[2], count)
+    readers = call.query.shape[2] // call.key.shape[2]
+    cut = [cut_heads(call.query, 1, [readers * length for length in lengths])]
+    cut += [cut_heads(call.packed(x), 1, lengths) for x in (call.key, call.value)]
     groups = [share_heads(call.query.shape[2], call.key.shape[2], 1, number, count) for number in range(count)]
 
     def launch(number: int) -> list[Launched]:
         route = gather_route(cut[1][number].shape, 1, call.kv_lengths)
-        return [launch_exchange(pieces[number], route, ring) for pieces in cut[1:]]
+        return launch_exchanges([pieces[number] for pieces in cut[1:]], [route, route], ring)
 
     arriving, outputs, rests = launch(0), [], []
     for number in range(count):

@@ -14,6 +14,7 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.compilation import plain
 from fastvideo.distributed.agreement import agree
+from fastvideo.distributed.direct import exchange_kind
 from fastvideo.distributed.layouts import Layout
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
+
+_WORK_WORTH_GROUPS = 1 << 26
+"""Elements of a device's queries from which on groups of heads pay for the launches that each brings."""
 
 
 @dataclass(frozen=True)
@@ -237,18 +241,24 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
         "causal": call.is_causal,
         "head_groups": call.head_groups,
         "float8": call.sends_float8,
+        "scale": call.scale,
     }
     query = agree(call.query, group, **fields)
     return replace(call, query=query, agreed_on=fields)
 
 
-def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None) -> int:
-    """Return into how many groups heads are cut on their way: at most `wanted`, and a number that divides them.
+def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_sparse: bool) -> int:
+    """Return into how many groups heads are cut on their way: at most `wanted`, where heads divide by the devices.
 
-    `None` wants one: over NVLink more groups cost more than they hide (each its launches, and NCCL's kernels take
-    multiprocessors from attention).
+    `None` wants three where they hide something: by copy engines, in sparse attention without gradient, of much work. Dense
+    attention takes so long that its exchange hardly counts, and NCCL's kernels take multiprocessors from attention.
     """
-    if wanted is None or sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
+    if sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
         return 1
-    fitting = [groups for groups in range(2, wanted + 1) if call.key.shape[2] % (groups * layout.ulysses.size) == 0]
-    return max(fitting, default=1)
+    own_heads, rest = divmod(call.key.shape[2], layout.ulysses.size)
+    if wanted is None:
+        batch, _, num_heads, head_size = call.query.shape
+        work = batch * sum(call.lengths) * num_heads // layout.ulysses.size * head_size
+        hides = is_sparse and not call.needs_grad and exchange_kind(call.query.device) == "direct"
+        wanted = 3 if hides and work >= _WORK_WORTH_GROUPS else 1
+    return 1 if rest else max(1, min(wanted, own_heads))

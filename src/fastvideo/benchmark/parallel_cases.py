@@ -143,7 +143,8 @@ def _num_head_groups(problem: Problem, backend: str, layout: PlannedLayout, want
     )
     gate = shard if backend == VSA else None
     call = SharedCall(shard, shard, shard, gate, None, None, problem.lengths, problem.lengths, False, 1.0, reduces=True)
-    return num_head_groups(call, resolve_layout(_wish(layout), groups.of(layout.ring, layout.ulysses)), wanted)
+    resolved = resolve_layout(_wish(layout), groups.of(layout.ring, layout.ulysses))
+    return num_head_groups(call, resolved, wanted, is_sparse=backend == VSA)
 
 
 def _wish(layout: PlannedLayout) -> str:

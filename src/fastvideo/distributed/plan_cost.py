@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastvideo.distributed.shards import split_lengths
-from fastvideo.distributed.ulysses import share_heads
+from fastvideo.distributed.ulysses import group_lengths, share_heads
 
 __all__ = ["H200", "HGX", "Call", "Cost", "DeviceModel", "LinkModel", "cost_of"]
 
@@ -104,8 +104,7 @@ class Call:
         is_sparse: A query selects tiles of keys.
         sparsity: Share of the keys that it skips.
         has_gate: A gate like the query travels too.
-        head_groups: Pieces of each rank's heads, of which one travels while another is computed; at most so many as divide its
-            key heads.
+        head_groups: Pieces of each rank's heads, of which one travels while another is computed; see `group_lengths`.
     """
 
     heads: int
@@ -127,8 +126,13 @@ class Call:
         return 4.0 * self.batch * rows * keys * heads * self.head_size * (1 - self.sparsity) * (0.5 if self.causal else 1.0)
 
     def pieces(self, ulysses: int) -> int:
-        """Return into how many pieces each rank's heads are cut: alike, so their number divides."""
-        return max(n for n in range(1, self.head_groups + 1) if n == 1 or self.kv_heads % (n * ulysses) == 0)
+        """Return into how many pieces each rank's heads are cut, where they divide by the ranks."""
+        return 1 if self.kv_heads % ulysses else min(self.head_groups, self.kv_heads // ulysses)
+
+    def exposed_share(self, ulysses: int) -> float:
+        """Return the share of an exchange that nothing hides: the way here of the first piece, and the way back of the last."""
+        lengths = group_lengths(max(1, self.kv_heads // ulysses), self.pieces(ulysses))
+        return lengths[0] / sum(lengths)
 
     def size(self, tokens: float, heads: float) -> float:
         """Return the bytes of `tokens` tokens of `heads` heads."""
@@ -230,13 +234,15 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
         # The first of R parts needs no keys of others, and the keys of each other part travel during the one before it.
         hidden = (ring - 1) * min(compute / ring, share_time / (ring - 1))
         lost = hidden * _contention(_where(ring, ulysses, links))
-    pieces = 1 if ring > 1 and ulysses == 1 and not gathers else call.pieces(ulysses)
+    pieces, exposed = 1, 1.0
+    if ring == 1 or ulysses > 1 or gathers:
+        pieces, exposed = call.pieces(ulysses), call.exposed_share(ulysses)
     for seconds, where in (
         (swap_time, _where(ulysses, 1, links)),
         (share_time if gathers and not call.causal else 0.0, _where(ring, ulysses, links)),
     ):
-        # Of the pieces of heads, all but one travel while another is computed.
-        behind = min(seconds * (pieces - 1) / pieces, compute - hidden)
+        # Of the pieces of heads, all but the ends travel while another is computed.
+        behind = min(seconds * (1 - exposed), compute - hidden)
         hidden += behind
         lost += behind * _contention(where)
     extra_bytes, extra_time = _replicated(call, ring * ulysses, ulysses, backward, links)

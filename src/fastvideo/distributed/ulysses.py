@@ -29,6 +29,7 @@ __all__ = [
     "check_heads",
     "cut_heads",
     "exchange_mask",
+    "group_lengths",
     "head_route",
     "heads_to_tokens",
     "join_heads",
@@ -73,7 +74,7 @@ def share_heads(num_heads: int, num_kv_heads: int, size: int, piece: int = 0, nu
         num_kv_heads: Key heads; query head h reads key head `h // (num_heads / num_kv_heads)`.
         size: Number of ranks.
         piece: Which piece of each rank's heads to return.
-        num_pieces: Into how many pieces each rank's heads are cut.
+        num_pieces: Into how many pieces each rank's heads are cut, see `group_lengths`.
 
     Example:
         >>> share_heads(6, 2, 4)
@@ -82,7 +83,10 @@ def share_heads(num_heads: int, num_kv_heads: int, size: int, piece: int = 0, nu
     readers = num_heads // num_kv_heads
     query, key, position = [], [], 0
     for count in split_lengths(num_heads, size):
-        pieces = split_lengths(count, num_pieces)
+        if count % readers == 0:
+            pieces = [readers * length for length in group_lengths(count // readers, num_pieces)]
+        else:
+            pieces = list(split_lengths(count, num_pieces))
         start = position + sum(pieces[:piece])
         stop = start + pieces[piece]
         query.append((start, stop))
@@ -108,20 +112,41 @@ def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None
         )
 
 
-def cut_heads(x: torch.Tensor, size: int, num_groups: int) -> list[torch.Tensor]:
+def group_lengths(num_heads: int, num_groups: int) -> tuple[int, ...]:
+    """Return into which groups a rank's heads are cut, of which one travels while another is computed.
+
+    Nothing hides the way of the first one here, or of the last one's output back, so these two are small.
+
+    Args:
+        num_heads: Heads of one rank, or what is to stay together of them.
+        num_groups: How many groups.
+
+    Example:
+        >>> group_lengths(20, 3), group_lengths(20, 1)
+        ((3, 14, 3), (20,))
+    """
+    if num_groups < 3 or num_heads < num_groups:
+        return split_lengths(num_heads, num_groups)
+    end = max(1, round(num_heads / (2 * num_groups)))
+    return (end, *split_lengths(num_heads - 2 * end, num_groups - 2), end)
+
+
+def cut_heads(x: torch.Tensor, size: int, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Return one tensor per group of heads, each with every rank's heads of that group.
 
     Args:
         x: `[B, S, H, D]`.
         size: Number of ranks.
-        num_groups: Groups that each rank's heads fall into; above 1, H divides by `size * num_groups`.
+        lengths: Heads of each group on one rank; above one group, H is `size` times their sum.
 
     Returns:
-        `[B, S, H / num_groups, D]` each.
+        `[B, S, size, length, D]` each, or `[B, S, length, D]` on one rank; `x` itself if there is one group.
     """
-    if num_groups == 1:
+    if len(lengths) == 1:
         return [x]
-    return [piece.flatten(2, 3) if size == 1 else piece for piece in torch.unflatten(x, 2, (size, num_groups, -1)).unbind(3)]
+    if size == 1:
+        return list(torch.split(x, list(lengths), dim=2))
+    return list(torch.split(torch.unflatten(x, 2, (size, -1)), list(lengths), dim=3))
 
 
 def join_heads(pieces: Sequence[torch.Tensor], size: int) -> torch.Tensor:
@@ -129,7 +154,7 @@ def join_heads(pieces: Sequence[torch.Tensor], size: int) -> torch.Tensor:
     if len(pieces) == 1:
         return pieces[0]
     by_rank = [piece if piece.dim() == 5 else torch.unflatten(piece, 2, (size, -1)) for piece in pieces]
-    return torch.stack(by_rank, dim=3).flatten(2, 4)
+    return torch.cat(by_rank, dim=3).flatten(2, 3)
 
 
 def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
