@@ -40,6 +40,75 @@ def test_layout_refuses_an_order_of_another_length() -> None:
         TileLayout.uniform(5, 0)
 
 
+@pytest.mark.parametrize("size", [2.7, 2.0, True, "2"])
+def test_layout_refuses_sizes_that_are_no_integers(size) -> None:
+    with pytest.raises(TypeError, match="integers as tile sizes"):
+        TileLayout.from_sizes([3, size])
+
+
+def test_layout_takes_integers_of_any_kind() -> None:
+    layout = TileLayout.from_sizes(torch.tensor([2, 3]), order=torch.tensor([4, 3, 2, 1, 0], dtype=torch.uint8))
+    layout.validate()
+    assert (layout.sizes.tolist(), layout.order.tolist(), layout.order.dtype) == ([2, 3], [4, 3, 2, 1, 0], torch.int32)
+
+
+@pytest.mark.parametrize("order", [torch.arange(5.0), torch.ones(5, dtype=torch.bool)])
+def test_layout_refuses_an_order_that_is_no_integers(order) -> None:
+    with pytest.raises(TypeError, match=f"order of an integer type, got {order.dtype}"):
+        TileLayout.from_sizes([2, 3], order=order)
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ([0, 1, 2, 3, 3], "0 to 3, sorted 3 in place 4"),
+        ([0, 1, 2, 3, 5], "values 0 to 5"),
+        ([-1, 1, 2, 3, 4], "values -1 to 4"),
+        ([2**32, 1, 2, 3, 4], "values 1 to 2147483647"),
+    ],
+)
+def test_an_order_that_is_no_permutation_is_found(order, text) -> None:
+    wrong, right = TileLayout.from_sizes([2, 3], order=torch.tensor(order)), TileLayout.uniform(4, 2)
+    lists = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    for layouts_ in ((wrong, right), (right, wrong)):
+        pattern = BlockPattern(*layouts_, lists)
+        with pytest.raises(ValueError, match=f"permutation of 0 to 4, got .*{text}"):
+            pattern.validate()
+        with pytest.raises(ValueError, match="permutation"):
+            BlockPattern.from_indices(lists, *layouts_)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "num_tokens", "max_size", "is_uniform", "error", "text"),
+    [
+        ([0, 2, 5], 5, 3, False, None, None),
+        ([0, 2, 6], 5, 4, False, ValueError, "num_tokens=5, got 0 to 6"),
+        ([1, 2, 5], 5, 3, False, ValueError, "got 1 to 5"),
+        ([0, 6, 5], 5, 6, False, ValueError, "tiles of -1 to 6"),
+        ([0, 0, 5], 5, 5, False, ValueError, "tiles of 0 to 5"),
+        ([0, 2, 5], 5, 2, False, ValueError, "max_size=3 and is_uniform=False.*got 2 and False"),
+        ([0, 2, 5], 5, 3, True, ValueError, "got 3 and True"),
+        ([0], 0, 0, True, ValueError, "one or more tiles"),
+        ([0.0, 2.0, 5.0], 5, 3, False, TypeError, "int32 offsets and order, got torch.float32"),
+    ],
+)
+def test_layouts_that_contradict_themselves_are_found(offsets, num_tokens, max_size, is_uniform, error, text) -> None:
+    dtype = torch.int32 if isinstance(offsets[0], int) else torch.float32
+    layout = TileLayout(torch.tensor(offsets, dtype=dtype), num_tokens, max_size, is_uniform)
+    if error is None:
+        layout.validate()
+        return
+    with pytest.raises(error, match=text):
+        layout.validate()
+
+
+def test_an_order_made_by_hand_is_checked_for_type_and_length() -> None:
+    right = TileLayout.uniform(5, 3)
+    for order, error in ((torch.arange(4, dtype=torch.int32), ValueError), (torch.arange(5), TypeError)):
+        with pytest.raises(error, match="order"):
+            TileLayout(right.offsets, 5, 3, False, order).validate()
+
+
 def test_token_mask_follows_both_orders() -> None:
     query, key = layouts()
     mask = torch.rand(2, 3, 3, 4) < 0.5
@@ -82,6 +151,8 @@ def test_from_indices_without_counts() -> None:
         ([[1, 0], [1, 2], [2, 3]], None, "ascending"),
         ([[1, 1], [1, 2], [2, 3]], None, "ascending"),
         ([[0, 1], [1, 2], [2, 3]], [2, 3, 0], r"\[0, 2\], got 0 to 3"),
+        ([[0, 2**32 + 1], [1, 2], [2, 3]], None, r"\[0, 4\), got 4294967297"),
+        ([[0, 1], [1, 2], [2, 3]], [2, 2**32 + 1, 0], r"\[0, 2\], got 0 to 4294967297"),
         ([[0, 1], [1, 2]], None, "Nq=3"),
         ([[0, 1], [1, 2], [2, 3]], [1, 2], "counts of shape"),
     ],
@@ -92,8 +163,30 @@ def test_values_that_are_refused(indices, counts, text) -> None:
         BlockPattern.from_indices(torch.tensor(indices), *layouts(), counts=counts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_lists_and_counts_that_are_no_integers_are_refused(dtype) -> None:
+    indices, counts = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.tensor([1, 1, 1])
+    with pytest.raises(TypeError, match=f"indices of an integer type, got {dtype}"):
+        BlockPattern.from_indices(indices.to(dtype), *layouts())
+    with pytest.raises(TypeError, match=f"counts of an integer type, got {dtype}"):
+        BlockPattern.from_indices(indices, *layouts(), counts=counts.to(dtype))
+
+
+def test_lists_of_small_integers_are_taken() -> None:
+    pattern = BlockPattern.from_indices(torch.tensor([[0, 3], [1, 2], [2, 3]], dtype=torch.uint8), *layouts())
+    assert (pattern.indices.dtype, pattern.indices[0, 0].tolist()) == (torch.int32, [[0, 3], [1, 2], [2, 3]])
+
+
+def test_construction_reads_no_values() -> None:
+    # A meta tensor holds none, as a CUDA tensor's are not read without waiting.
+    layout = TileLayout.from_sizes([2, 3], order=torch.empty(5, dtype=torch.int64, device="meta"))
+    assert BlockPattern(layout, layout, torch.empty(1, 1, 2, 1, dtype=torch.int32, device="meta")).counts is None
+
+
 def test_what_lies_behind_a_count_does_not_matter() -> None:
-    pattern = BlockPattern.from_indices(torch.tensor([[1, 99], [0, 2], [-5, -5]]), *layouts(), counts=torch.tensor([1, 2, 0]))
+    pattern = BlockPattern.from_indices(
+        torch.tensor([[1, 2**40], [0, 2], [-5, -5]]), *layouts(), counts=torch.tensor([1, 2, 0])
+    )
     assert pattern.tile_mask()[0, 0].int().tolist() == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
 
