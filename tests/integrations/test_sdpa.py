@@ -122,6 +122,11 @@ def test_it_runs_as_asked_or_raises() -> None:
         F.scaled_dot_product_attention(q, q, q)
     with override_sdpa(), pytest.raises(ValueError, match="either attn_mask or is_causal"):
         F.scaled_dot_product_attention(q, q, q, torch.ones(4, 4, dtype=torch.bool), is_causal=True)
+    for query, key in ((q[:, :, :0], q), (q, q[:, :, :0]), (q[:0], q[:0])):
+        with override_sdpa(), pytest.raises(ValueError, match="without empty dims"):
+            F.scaled_dot_product_attention(query, key, key)
+    with override_sdpa(), pytest.raises(ValueError, match=r"as \[..., seq, head_size\], got \(8,\)"):
+        F.scaled_dot_product_attention(*[torch.randn(8)] * 3)
     with override_sdpa(), pytest.raises(ValueError, match="as many key heads"):
         F.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
 

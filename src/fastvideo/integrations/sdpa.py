@@ -6,6 +6,7 @@ A `TorchFunctionMode` sees the calls; nothing is patched, so leaving the context
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -117,6 +118,9 @@ def sdpa(
     """
     if attn_mask is not None and is_causal:
         raise ValueError("expected either attn_mask or is_causal=True, got both; put the causal part into the mask")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        raise ValueError(f"expected query, key and value as [..., seq, head_size], got {shapes}")
     leading = query.shape[:-2]
     num_heads = leading[-1] if leading else 1
     batch = leading[:-1]
@@ -127,7 +131,9 @@ def sdpa(
     mask = None
     if attn_mask is not None:
         mask_heads = attn_mask.shape[-3] if attn_mask.dim() > 2 else 1
-        mask = attn_mask.expand(*batch, mask_heads, query_len, key_len).reshape(-1, mask_heads, query_len, key_len)
+        mask = attn_mask.expand(*batch, mask_heads, query_len, key_len).reshape(
+            math.prod(batch), mask_heads, query_len, key_len
+        )
         mask = mask[:1] if attn_mask.dim() <= 3 else mask
     output: torch.Tensor = attention(
         _as_bshd(query, batch),
@@ -147,4 +153,4 @@ def sdpa(
 def _as_bshd(x: torch.Tensor, batch: tuple[int, ...]) -> torch.Tensor:
     """Return `[..., H, S, D]` as `[B, S, H, D]`, its leading dims broadcast to those of the query."""
     x = x if x.dim() > 2 else x.unsqueeze(0)
-    return x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:]).transpose(1, 2)
+    return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:]).transpose(1, 2)
