@@ -30,9 +30,18 @@ def test_json(capsys) -> None:
 def test_no_legal_layout_makes_the_status_one(capsys) -> None:
     assert main([*WAN, "--causal", "--cross-seq", "512"]) == 1
     assert "no layout can be" in capsys.readouterr().out
+    assert main([*WAN, "--sparsity", "0.9"]) == 0
+    assert main([*WAN, "--sparsity", "0.9", "--causal"]) == 1
+    assert "sparse attention can't be causal" in capsys.readouterr().out
+    assert main([*WAN, "--sparsity", "0.9", "--cross-seq", "512"]) == 1
+    assert "sparse attention needs queries and keys to be the same tokens, got 75600 and 512" in capsys.readouterr().out
 
 
 def test_nonsense_makes_the_status_two(capsys) -> None:
     assert main([*WAN, "--kv-heads", "3"]) == 2
     assert "expected kv_heads to divide heads, got 40 and 3" in capsys.readouterr().err
     assert main([*WAN, "--ranks-per-node", "0"]) == 2
+    for wrong, text in ((["--dtype", "int32"], "got 'int32'"), (["--gate"], "a gate belongs to sparse attention")):
+        capsys.readouterr()
+        assert main([*WAN, *wrong]) == 2
+        assert text in capsys.readouterr().err

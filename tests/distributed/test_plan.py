@@ -110,7 +110,17 @@ def test_reasons() -> None:
     assert "no layout can be" in str(cross)
     assert "causal attention needs as many queries as keys, got 64 and 32" in cross.layouts[0].reasons
     assert plan(8, None, 64, 4, causal=True, replicated=3).best is not None
+    for changes, reason in (
+        ({"causal": True}, "sparse attention can't be causal: tiles see each other in both directions"),
+        ({"cross_seq": 512}, "sparse attention needs queries and keys to be the same tokens, got 32760 and 512"),
+    ):
+        neither = plan(12, None, 32_760, 8, sparsity=0.9, **changes)
+        assert neither.best is None
+        assert all(any(text.startswith(reason) for text in layout.reasons) for layout in neither.layouts)
+        assert plan(12, None, 32_760, 1, sparsity=0.9, **changes).best is None, "nor on one device"
+    assert plan(12, None, 32_760, 8, sparsity=0.9, cross_seq=32_760).best.name == "ulysses"
     meshed = plan(8, None, 4096, 8, mesh=(2, 4))
+    assert plan(8, None, 4096, 8, mesh=[2, 4]) == meshed
     assert {(layout.ring, layout.ulysses) for layout in meshed.layouts if layout.is_legal} == {(2, 4)}
     small = plan(40, None, 75_600, 8, device=DeviceModel(memory=1e9))
     assert "keys and values take 1.55 GB at once, and the device has 1 GB" in [
@@ -192,7 +202,16 @@ def test_replicated_tokens_cost_their_outputs_and_gradients() -> None:
         ({"sparsity": 1.0}, ValueError, "expected a sparsity in"),
         ({"sparsity": float("nan")}, ValueError, "expected a sparsity in"),
         ({"mesh": (2, 3)}, ValueError, r"expected a mesh \(ring, ulysses\) of 4 ranks, got \(2, 3\)"),
-        ({"dtype": "bf16"}, TypeError, "expected a torch dtype or its name, got 'bf16'"),
+        ({"mesh": (2, 1, 1)}, ValueError, r"expected mesh as two sizes \(ring, ulysses\), got \(2, 1, 1\)"),
+        ({"mesh": (2, 2, 1)}, ValueError, r"expected mesh as two sizes \(ring, ulysses\), got \(2, 2, 1\)"),
+        ({"mesh": 4}, ValueError, r"expected mesh as two sizes \(ring, ulysses\), got 4"),
+        ({"mesh": (4.0, 1)}, TypeError, "expected the mesh's ring as an integer, got 4.0"),
+        ({"mesh": (4, True)}, TypeError, "expected the mesh's ulysses as an integer, got True"),
+        ({"mesh": (-2, -2)}, ValueError, "expected the mesh's ring of at least 1, got -2"),
+        ({"dtype": "bf16"}, TypeError, "expected a torch dtype or its name among .*, got 'bf16'"),
+        ({"dtype": "int32"}, TypeError, "among float16, bfloat16, float32, float64, got 'int32'"),
+        ({"dtype": torch.bool}, TypeError, "among float16, bfloat16, float32, float64, got torch.bool"),
+        ({"has_gate": True}, ValueError, "a gate belongs to sparse attention, and without a sparsity this is dense"),
         ({"replicated": -1}, ValueError, "expected replicated of at least 0"),
     ],
 )

@@ -7,7 +7,7 @@ measures nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from fastvideo.distributed.plan_cost import H200, HGX, Call, Cost, DeviceModel, LinkModel, cost_of, shares_of
 
 __all__ = ["DeviceModel", "LinkModel", "Plan", "PlannedLayout", "plan"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What layers take."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +172,12 @@ def plan(
         world_size: Ranks that share the sequence.
         head_size: Size of a head.
         batch: Batch size.
-        dtype: A torch dtype or its name.
+        dtype: float16, bfloat16, float32 or float64, or its name.
         replicated: Tokens that every rank holds and that join the sequence.
         cross_seq: Keys of all ranks together, in cross attention; `None` means self attention.
         causal: Each query sees only keys up to its own position.
         sparsity: Share of key tiles that a query tile skips, in [0, 1), for sparse attention; `None` means dense.
-        has_gate: A gate of sparse attention travels with the query.
+        has_gate: A gate of sparse attention travels with the query; dense attention has none.
         head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; `None` is one, as in
             layers.
         needs_grad: A backward pass follows and counts.
@@ -183,8 +186,9 @@ def plan(
         links: How fast ranks talk.
 
     Raises:
-        TypeError: A size is no integer, or `dtype` is none.
-        ValueError: A size is out of range, or the mesh isn't `world_size` ranks.
+        TypeError: A size is no integer, or `dtype` is none that layers take.
+        ValueError: A size is out of range, the mesh isn't two sizes of `world_size` ranks together, or there is a gate without
+            a sparsity.
 
     Example:
         >>> found = plan(heads=40, kv_heads=None, seq=75600, world_size=8)
@@ -204,8 +208,13 @@ def plan(
         raise ValueError(f"expected kv_heads to divide heads, got {heads} and {kv_heads}")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"expected a sparsity in [0, 1), or None for dense attention, got {sparsity}")
-    if mesh is not None and mesh[0] * mesh[1] != world_size:
-        raise ValueError(f"expected a mesh (ring, ulysses) of {world_size} ranks, got {mesh}")
+    if has_gate and sparsity is None:
+        raise ValueError(
+            "a gate belongs to sparse attention, and without a sparsity this is dense; give the sparsity too (0 keeps every "
+            "tile), or leave the gate out"
+        )
+    if mesh is not None:
+        mesh = _checked_mesh(mesh, world_size)
     call = Call(
         heads, kv_heads, seq, key_len, head_size, batch, _dtype(dtype).itemsize,
         replicated, causal, sparsity is not None, sparsity or 0.0, has_gate, head_groups,
@@ -270,6 +279,13 @@ def _reasons(
         yield f"the mesh is ring={mesh[0]} × ulysses={mesh[1]}"
     if call.causal and call.seq != call.key_len:
         yield f"causal attention needs as many queries as keys, got {call.seq} and {call.key_len}"
+    if call.is_sparse and call.causal:
+        yield "sparse attention can't be causal: tiles see each other in both directions; leave out causal, or the sparsity"
+    if call.is_sparse and call.seq != call.key_len:
+        yield (
+            f"sparse attention needs queries and keys to be the same tokens, got {call.seq} and {call.key_len}; cross "
+            "attention is dense"
+        )
     if call.is_sparse and ring > 1:
         yield (
             f"sparse attention selects tiles of the whole sequence; use ulysses, a mesh of ring=1 × ulysses={world_size}, or "
@@ -288,11 +304,22 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"expected {name} of at least {least}, got {size}")
 
 
+def _checked_mesh(mesh: Sequence[int], world_size: int) -> tuple[int, int]:
+    if not isinstance(mesh, Sequence) or isinstance(mesh, str) or len(mesh) != 2:
+        raise ValueError(f"expected mesh as two sizes (ring, ulysses), got {mesh!r}; a mesh's other dims share no sequence")
+    ring, ulysses = mesh
+    _check_sizes(**{"the mesh's ring": ring, "the mesh's ulysses": ulysses})
+    if ring * ulysses != world_size:
+        raise ValueError(f"expected a mesh (ring, ulysses) of {world_size} ranks, got {(ring, ulysses)}")
+    return ring, ulysses
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise TypeError(f"expected a torch dtype or its name, got {dtype!r}")
-    return found
+    if found not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise TypeError(f"expected a torch dtype or its name among {names}, got {dtype!r}")
+    return found  # type: ignore[return-value]
 
 
 def _label(layout: PlannedLayout) -> str:
