@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvideo.cli import bench, explain, generate, main, plan
+from fastvideo.cli.pipeline import parse_policy
 from fastvideo.training import cli as train
 from fastvideo.training.finetune import cli as finetune
 
@@ -42,6 +43,14 @@ def test_the_parser_takes_it(page: str, words: list[str], monkeypatch) -> None:
     monkeypatch.setattr(finetune, "run_shards", finetune.run)
     assert main(words) == 0
     assert len(taken) == 1
+
+
+def test_policies_in_the_documents_are_read() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
+    policies = re.findall(r"--policy '(\{.*?\})'$", text, re.MULTILINE)
+    assert len(policies) == 1
+    for policy in policies:
+        assert parse_policy(policy).rules[0].step_intervals == ((10, None),)
 
 
 def test_the_documents_show_commands() -> None:

@@ -14,13 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvideo.integrations.diffusers import plan_of
 from fastvideo.testing import meeting_point
 
-PAGES = Path(__file__).parents[2] / "docs" / "cookbook"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "cookbook"
 
 
 def examples(page: str) -> list[str]:
     return re.findall(r"^```py\n(.*?)^```", (PAGES / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_on_the_first_page_runs() -> None:
+    """README's pipeline is that of the page on diffusers."""
+    namespace = {"__name__": "example"}
+    exec(compile(examples("diffusers.md")[0], "pipeline", "exec"), namespace)
+    (example,) = examples(str(ROOT / "README.md"))
+    exec(compile(example, "README", "exec"), namespace)
+    assert plan_of(namespace["transformer"]).boundaries == (5,)
 
 
 def test_the_page_on_diffusers_runs_from_top_to_bottom(capsys) -> None:
