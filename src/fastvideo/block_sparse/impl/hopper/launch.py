@@ -60,8 +60,17 @@ class Rows:
 
     def maps(self, rows: int, head_size: int) -> list[TensorDescriptor]:
         """Tensor maps for boxes of `rows` rows of one head."""
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        return [TensorDescriptor.from_tensor(x, [rows, head_size], layout) for x in (self.first, self.second)]
+        return [TensorDescriptor.from_tensor(x, [rows, head_size], _row_layout()) for x in (self.first, self.second)]
+
+
+@functools.cache
+def _row_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+@functools.cache
+def _stats_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 @functools.cache
@@ -74,7 +83,10 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    return {f"s_{name}{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bsh")}
+    strides = {}
+    for name, x in tensors.items():
+        strides[f"s_{name}b"], strides[f"s_{name}s"], strides[f"s_{name}h"] = x.stride()[:3]
+    return strides
 
 
 def _is_same(one: TileLayout, other: TileLayout) -> bool:
@@ -108,14 +120,16 @@ def _in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | Non
 
 def _pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
     """Keys with the sign of the scale, and values, of some heads as packed rows."""
-    rows = key.new_empty(2, heads * packed.max_rows, key.shape[3])
+    first, second = key.new_empty(2, heads * packed.max_rows, key.shape[3]).unbind()
     pack_keys_kernel[(heads * packed.max_blocks,)](
         key,
         value,
-        *rows,
+        first,
+        second,
         packed.row_token,
         packed.counts,
-        *_strides(k=key, v=value).values(),
+        *key.stride()[:3],
+        *value.stride()[:3],
         first_head,
         packed.max_blocks,
         key.shape[2],
@@ -123,7 +137,7 @@ def _pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int
         SIGN=(scale > 0) - (scale < 0),
         num_warps=4,
     )
-    return Rows(rows[0], rows[1], 0, packed.max_rows, 0)
+    return Rows(first, second, 0, packed.max_rows, 0)
 
 
 def _head_groups(num_heads: int, head_bytes: int) -> Iterator[tuple[int, int]]:
@@ -161,7 +175,10 @@ def _arrivals(programs: int, rows: int, key: Tensor, pattern: BlockPattern, pack
     head_bytes = 2 * packed.max_rows * key.shape[3] * key.itemsize
     # Lists of different lengths would make everybody wait for the longest.
     in_step = _LOOKS if head_bytes > _IN_STEP_BYTES and pattern.counts is None else 0
-    waves = -(-rows // (2 * programs)) + 1 if in_step else 1
+    if not in_step:
+        # Nobody counts; any integers stand in.
+        return {"arrivals": packed.counts, "IN_STEP": 0}
+    waves = -(-rows // (2 * programs)) + 1
     return {"arrivals": torch.zeros(waves, dtype=torch.int32, device=key.device), "IN_STEP": in_step}
 
 
@@ -283,7 +300,7 @@ def _pack_queries(
     stats = lse.new_empty(heads * packed.max_rows, 2)
     rows = in_place
     if rows is None:
-        first, second = call.query.new_empty(2, heads * packed.max_rows, head_size)
+        first, second = call.query.new_empty(2, heads * packed.max_rows, head_size).unbind()
         rows = Rows(first, second, 0, packed.max_rows, 0)
     out, lse = out.contiguous(), lse.contiguous()
     pack_queries_kernel[(heads * packed.max_blocks,)](
@@ -363,8 +380,7 @@ def _launch_dkdv(
     programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
     lengths, queues, ends = fill_queues(plan, own, heads, group, 2 * programs)
     flat = stats.view(-1)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], layout) for rows in (64, 16))
+    stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], _stats_layout()) for rows in (64, 16))
     query_boxes, dout_boxes = queries.maps(64, head_size)
     query_granules, dout_granules = queries.maps(16, head_size)
     key_boxes, value_boxes = keys.maps(64, head_size)

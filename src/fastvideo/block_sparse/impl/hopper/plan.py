@@ -34,7 +34,7 @@ class Plan:
         rows: `[G, ...]` int32, first packed rows: boxes two to a step, then granules eight to a step.
         masks: `[G, ...]` int32, one for each half step from the first masked step on.
         meta: `[G, M, 6]` int32: offset into `rows`, offset into `masks`, steps without a mask, steps made of boxes, steps in
-            all, half steps in all.
+            all, half steps in all; undefined for blocks that are not there.
     """
 
     rows: Tensor
@@ -134,7 +134,7 @@ def plan_marks(marks: Tensor, own: PackedLayout, walked: PackedLayout, num_liste
     entries = num_listed * (1 if walked.is_even and walked.piece_rows > 48 else 3) + own.max_blocks * 16 + _SLACK
     rows = torch.empty(heads, entries, dtype=torch.int32, device=marks.device)
     masks = torch.empty(heads, num_listed + own.max_blocks * 4, dtype=torch.int32, device=marks.device)
-    meta = torch.zeros(heads, own.max_blocks, 6, dtype=torch.int32, device=marks.device)
+    meta = torch.empty(heads, own.max_blocks, 6, dtype=torch.int32, device=marks.device)
     used = torch.zeros(heads, 2, dtype=torch.int32, device=marks.device)
     num_pieces = walked.layout.num_tiles * walked.pieces
     chunk = min(_CHUNK, max(64, 1 << (num_pieces - 1).bit_length()))
