@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fastvideo.block_sparse import coarse as coarse_stage
 from fastvideo.block_sparse import (
     fine_stage,
+    inference,
     keep_tile_lists,
     num_kept_tiles,
     selection,
@@ -21,6 +23,7 @@ from fastvideo.block_sparse import (
     video_sparse_attention,
 )
 from fastvideo.block_sparse.video_sparse_reference import reference_tile_of_token, video_sparse_attention_reference
+from fastvideo.forward_context import checkpoint, checkpoint_context_fn
 from fastvideo.testing import assert_op_within_budget
 from fastvideo.video import TileGrid, pooling
 
@@ -378,6 +381,20 @@ def test_delta_is_that_of_the_fine_output(case, dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("case", ["primes_text", "keep_one", "paper_tile"])
+def test_without_gradients_the_bits_are_the_same(case: str, gate: bool) -> None:
+    inputs = make_inputs(case, torch.float32, gate=gate)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    expected = video_sparse_attention(**leaves, **settings_of(case))
+    assert expected.requires_grad
+    assert torch.equal(video_sparse_attention(**inputs, **settings_of(case)), expected)
+    with torch.no_grad():
+        assert torch.equal(video_sparse_attention(**leaves, **settings_of(case)), expected)
+    with torch.inference_mode():
+        assert torch.equal(video_sparse_attention(**inputs, **settings_of(case)), expected)
+
+
 def test_ops() -> None:
     case = "primes_text"
     grid_tyx, tile_tyx, *_, num_replicated, _ = CASES[case]
@@ -400,38 +417,86 @@ def test_ops() -> None:
         torch.library.opcheck(coarse_stage._means_op, (*three, grid_tyx, tile_tyx, 0.3))
     low = coarse_stage._means_op(*plain[:3], grid_tyx, tile_tyx, 0.3)[2:]
     torch.library.opcheck(coarse_stage._means_backward_op, (*low, grid_tyx, tile_tyx, query.shape[1], 0.3))
+    for opened in (plain[4], None):
+        torch.library.opcheck(inference._whole_op, (*plain[:3], opened, grid_tyx, tile_tyx, num_replicated, 3, 0.3, "portable"))
     torch.library.opcheck(pooling._tile_expand_op, (coarse.detach(), grid_tyx, tile_tyx, torch.bfloat16))
 
 
-def test_checkpointing_chooses_tiles_once(monkeypatch) -> None:
-    case = "primes_text"
-    leaves = {name: x.requires_grad_() for name, x in make_inputs(case, torch.float32).items()}
-
-    def attend(*tensors):
-        return video_sparse_attention(**dict(zip(leaves, tensors, strict=True)), **settings_of(case))
-
-    num_selections = 0
-    original = selection.top_k_ascending
+@pytest.fixture
+def num_selections(monkeypatch) -> Iterator[list[int]]:
+    """How many times tiles were chosen, in a list of one."""
+    count, original = [0], selection.top_k_ascending
 
     def counting(scores, k):
-        nonlocal num_selections
-        num_selections += 1
+        count[0] += 1
         return original(scores, k)
 
-    def count_selections(context_fn):
-        nonlocal num_selections
-        num_selections = 0
-        out = checkpoint(attend, *leaves.values(), use_reentrant=False, context_fn=context_fn)
-        return torch.autograd.grad(out.sin().sum(), list(leaves.values())), num_selections
-
-    expected = torch.autograd.grad(attend(*leaves.values()).sin().sum(), list(leaves.values()))
+    torch._dynamo.reset()
     monkeypatch.setattr(selection, "top_k_ascending", counting)
-    kept, num_kept = count_selections(keep_tile_lists)
-    plain, num_plain = count_selections(noop_context_fn)
-    assert (num_kept, num_plain) == (1, 2)
-    for one, other, third in zip(kept, plain, expected, strict=True):
-        assert torch.equal(one, third)
-        assert torch.equal(other, third)
+    yield count
+    torch._dynamo.reset()
+
+
+def attend_twice(query, key, value, gate):
+    """Two layers that choose other tiles."""
+    out = video_sparse_attention(query, key, value, gate=gate, **settings_of("primes_text"))
+    return video_sparse_attention(out, key.flip(1), value, gate=gate, **settings_of("primes_text"))
+
+
+CHECKPOINTED = {
+    "as it is": (attend_twice, 2),
+    "torch's": (lambda *x: torch_checkpoint(attend_twice, *x, use_reentrant=False), 4),
+    "torch's with our context": (
+        lambda *x: torch_checkpoint(attend_twice, *x, use_reentrant=False, context_fn=checkpoint_context_fn),
+        2,
+    ),
+    "torch's with lists kept": (
+        lambda *x: torch_checkpoint(attend_twice, *x, use_reentrant=False, context_fn=keep_tile_lists),
+        2,
+    ),
+    "ours": (lambda *x: checkpoint(attend_twice, *x), 2),
+    "ours in another": (lambda *x: checkpoint(lambda *y: checkpoint(attend_twice, *y), *x), 2),
+}
+
+
+@pytest.mark.parametrize("way", CHECKPOINTED)
+def test_checkpointing_chooses_tiles_once(way, num_selections) -> None:
+    leaves = [x.requires_grad_() for x in make_inputs("primes_text", torch.float32).values()]
+    expected = torch.autograd.grad(attend_twice(*leaves).sin().sum(), leaves)
+    attend, expected_number = CHECKPOINTED[way]
+    num_selections[0] = 0
+    results = torch.autograd.grad(attend(*leaves).sin().sum(), leaves)
+    assert num_selections[0] == expected_number
+    for one, other in zip(results, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_compiled_checkpointing_chooses_tiles_once(is_inside, num_selections) -> None:
+    """Checkpointing in compiled code, and compiled code under checkpointing."""
+    leaves = [x.requires_grad_() for x in make_inputs("primes_text", torch.float32).values()]
+    expected = torch.autograd.grad(attend_twice(*leaves).sin().sum(), leaves)
+
+    def compiled(function):
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    inner = compiled(attend_twice)
+    attend = compiled(lambda *x: checkpoint(attend_twice, *x)) if is_inside else lambda *x: checkpoint(inner, *x)
+    for _ in range(2):
+        num_selections[0] = 0
+        results = torch.autograd.grad(attend(*leaves).sin().sum(), leaves)
+        assert num_selections[0] == 2
+        for one, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_checkpoint_serves_two_backward_passes(num_selections) -> None:
+    leaves = [x.requires_grad_() for x in make_inputs("primes_text", torch.float32).values()]
+    loss = checkpoint(attend_twice, *leaves).sin().sum()
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for one, other in zip(once, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(one, other)
+    assert num_selections[0] == 2
 
 
 def test_scores_stay_in_their_scratch(monkeypatch) -> None:

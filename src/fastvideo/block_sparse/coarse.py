@@ -75,8 +75,7 @@ def coarse_attention(low: Sequence[Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=is_grouped).transpose(1, 2)
 
 
-@torch.library.custom_op("fastvideo::tile_means", mutates_args=())
-def _means_op(
+def make_means(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -84,6 +83,7 @@ def _means_op(
     tile_tyx: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The custom op behind `tile_means`: means of query and key, then the three low ones, which are empty without `value`."""
     geometry = geometry_of(grid_tyx, tile_tyx, query.device)
     if _in_kernels(query):
         from fastvideo.block_sparse.coarse_kernels import launch_means
@@ -103,6 +103,9 @@ def _means_op(
     else:
         low = [(x * scale if i == 0 else x).to(query.dtype, copy=True) for i, x in enumerate(means)]
     return means[0], means[1], low[0], low[1], low[2]
+
+
+_means_op = torch.library.custom_op("fastvideo::tile_means", make_means, mutates_args=())
 
 
 def _empty_means(

@@ -114,8 +114,7 @@ class _Call:
         return x[:, : self.num_video], x[:, self.num_video :]
 
 
-@torch.library.custom_op("fastvideo::video_sparse_fine", mutates_args=())
-def _forward_op(
+def run_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -128,6 +127,7 @@ def _forward_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    """The custom op behind `attend_to_tiles`: the output and the log-sum-exp, `[B, S + R, Hq]`."""
     call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
     with torch.autocast(query.device.type, enabled=False):
         fine, lse = call.video.forward(call.split(query)[0], key, value, call.video_pattern, scale)
@@ -145,6 +145,9 @@ def _forward_op(
         text_out.copy_(text)
         text_lse.copy_(lse)
         return out, all_lse
+
+
+_forward_op = torch.library.custom_op("fastvideo::video_sparse_fine", run_forward, mutates_args=())
 
 
 @_forward_op.register_fake

@@ -97,8 +97,8 @@ def select_tiles(pooled_query: Tensor, pooled_key: Tensor, num_kept: int, scale:
     return indices
 
 
-@torch.library.custom_op("fastvideo::select_tiles", mutates_args=())
-def _select_op(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Tensor:
+def choose_tiles(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Tensor:
+    """The custom op behind `select_tiles`."""
     batch, num_tiles, num_heads, _ = query.shape
     if num_kept == num_tiles:
         return _everything(torch.Size((batch, num_heads, num_tiles, num_tiles)), query.device)
@@ -119,6 +119,9 @@ def _select_op(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Tenso
                 scores = torch.cat([_scores(query, key, entry, slice(row, row + step_rows)) for entry in lists])
                 part.copy_(top_k_ascending(scores, num_kept))
     return indices.view(batch, num_heads, num_tiles, num_kept)
+
+
+_select_op = torch.library.custom_op("fastvideo::select_tiles", choose_tiles, mutates_args=())
 
 
 @_select_op.register_fake

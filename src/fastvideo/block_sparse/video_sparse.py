@@ -23,6 +23,7 @@ from fastvideo.block_sparse.attention import as_autocast
 from fastvideo.block_sparse.coarse import coarse_attention, lowered, tile_means
 from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
 from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
+from fastvideo.block_sparse.inference import attend_without_gradients
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
 from fastvideo.video import TileGrid, tile_mean
 from fastvideo.video.choose_tile import resolve_tile
@@ -142,6 +143,9 @@ def _run(
     is_dense = impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad
     if is_dense and gate is None:
         return _dense_stage(query, key, value, scale)
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and not (needs_grad or is_dense) and pooled is None:
+        return attend_without_gradients(query, key, value, gate, geometry, num_kept, scale, impl)
     if pooled is not None:
         means = lowered(pooled[:2] if gate is None else pooled, scale, query.dtype)
     else:

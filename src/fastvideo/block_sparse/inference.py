@@ -1,0 +1,77 @@
+"""Video Sparse Attention where no gradient is needed: all stages in one custom op.
+
+Each op that eager code calls costs the host some 20 to 40 us beside its work, and stages of small videos, or of the few heads
+that a device has under sequence parallelism, take the GPU no longer than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvideo.block_sparse.coarse import coarse_attention, make_means
+from fastvideo.block_sparse.fine_stage import run_forward
+from fastvideo.block_sparse.geometry import VideoGeometry
+from fastvideo.block_sparse.selection import choose_tiles
+
+
+def attend_without_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    geometry: VideoGeometry,
+    num_kept: int,
+    scale: float,
+    impl: str | None,
+) -> Tensor:
+    """Means, choice of tiles, coarse and fine part of checked inputs; the same bits as the stages one by one.
+
+    Args:
+        query: `[B, S + R, Hq, D]`.
+        key: `[B, S + R, Hkv, D]`.
+        value: `[B, S + R, Hkv, D]`.
+        gate: `[B, S, Hq, D]`, or None for no coarse part.
+        geometry: Grid, tiles and R.
+        num_kept: Tiles to keep.
+        scale: Factor of all scores.
+        impl: Name of a block-sparse implementation; None picks one.
+
+    Returns:
+        `[B, S + R, Hq, D]`.
+    """
+    grid, name = geometry.grid, "" if impl is None else impl
+    out: Tensor = _whole_op(
+        query, key, value, gate, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, num_kept, scale, name
+    )
+    return out
+
+
+@torch.library.custom_op("fastvideo::video_sparse_attention", mutates_args=())
+def _whole_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    num_replicated: int,
+    num_kept: int,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    means_query, means_key, *low = make_means(query, key, None if gate is None else value, grid_tyx, tile_tyx, scale)
+    indices = choose_tiles(means_query, means_key, num_kept, scale)
+    del means_query, means_key
+    coarse = None if gate is None else coarse_attention(low)
+    del low
+    where = (grid_tyx, tile_tyx, num_replicated)
+    return run_forward(query, key, value, coarse, gate, indices, *where, scale, impl)[0]
+
+
+@_whole_op.register_fake
+def _(query: Tensor, *_rest: Any) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
