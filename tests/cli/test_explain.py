@@ -35,5 +35,9 @@ def test_a_backend_that_cannot_run_makes_the_status_one(capsys) -> None:
 def test_nonsense_makes_the_status_two(capsys) -> None:
     assert main([*WAN, "--system", "Abacus"]) == 2
     assert "unknown device 'Abacus'" in capsys.readouterr().err
+    assert main([*WAN, "--system", ""]) == 2
+    assert "unknown device ''" in capsys.readouterr().err
+    assert main([*WAN, "--device", "meta"]) == 2
+    assert "torch sees no device of type 'meta' here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["explain", "--heads", "40"])

@@ -149,7 +149,8 @@ def explain(
 def _machine(system: System | str | None, device: str | None) -> System:
     if system is None:
         kind = None if device is None else torch.device(device).type
-        if kind not in (None, "cpu", "cuda") and not torch.get_device_module(kind).is_available():
+        module = None if kind is None else getattr(torch, kind, None)  # "meta" has none
+        if kind not in (None, "cpu", "cuda") and not (module is not None and module.is_available()):
             raise ValueError(f"torch sees no device of type {kind!r} here; describe a machine, as in system='H200'")
         return current_platform(kind)
     machine = describe_system(system) if isinstance(system, str) else system

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         seq=args.seq,
         dtype=args.dtype,
         device=args.device,
-        system=args.system or _assumed_system(args.device),
+        system=_assumed_system(args.device) if args.system is None else args.system,
         backend=args.backend,
         kv_heads=args.kv_heads,
         kv_seq=args.kv_seq,
