@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 if TYPE_CHECKING:
@@ -133,17 +136,30 @@ def get_forward_context() -> ForwardContext:
     return context
 
 
-def checkpoint_context_fn() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+def checkpoint_context_fn() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
     """Return the pair that `torch.utils.checkpoint.checkpoint(..., context_fn=...)` wants.
 
     Recomputation runs after the forward context has ended and, on CUDA, on another thread; the second manager brings back
-    the context, the backend scope and the mesh of the forward pass, so that it computes the same thing.
+    the context, the backend scope and the mesh of the forward pass, so that it computes the same thing. Lists of tiles that
+    the forward pass has chosen are kept and used again: a choice runs once.
     """
-    return contextlib.nullcontext(), restored(**thread_state.snapshot())
+    if torch.compiler.is_compiling():  # the context is already folded into the graph
+        contexts: tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
+        contexts = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]  # torch's own
+        return contexts
+    kept: list[Tensor] = []
+
+    def keep(choose: Callable[[], Tensor]) -> Tensor:
+        kept.append(choose())
+        return kept[-1]
+
+    return _ChoiceMode(keep), _Recomputation(kept, thread_state.snapshot())
 
 
 def checkpoint(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Run `function` under activation checkpointing, with this thread's forward context in the recomputation too.
+
+    Lists of tiles that sparse attention chooses inside are kept, everything else is recomputed; see `checkpoint_context_fn`.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -152,9 +168,64 @@ def checkpoint(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
         True
     """
     call = functools.partial(function, *args, **kwargs)
-    if torch.compiler.is_compiling():  # the context is already folded into the graph
-        return torch_checkpoint(call, use_reentrant=False)  # type: ignore[no-any-return]
     return torch_checkpoint(call, use_reentrant=False, context_fn=checkpoint_context_fn)  # type: ignore[no-any-return]
+
+
+def _is_choice(op: Any) -> bool:
+    return bool(op.name() == "fastvideo::select_tiles")
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001  # torch's signature
+    return CheckpointPolicy.MUST_SAVE if _is_choice(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _ChoiceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Hands each choice of tiles to a function and leaves every other operator alone.
+
+    Torch's selective checkpointing adds half as much again to each operator, serves one backward pass and refuses operators
+    of higher order.
+
+    Args:
+        choose: Takes what would make the choice, and returns one.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, choose: Callable[[Callable[[], Tensor]], Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self._choose = choose
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code inside stays compiled; the choice is an operator of its own there too."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return self._choose(functools.partial(func, *args, **kwargs)) if _is_choice(func) else func(*args, **kwargs)
+
+
+class _Recomputation:
+    """The state of the forward pass and what it has chosen; entered anew by each backward pass."""
+
+    def __init__(self, kept: list[Tensor], state: dict[str, Any]) -> None:
+        self._kept, self._state = kept, state
+        self._inside = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        kept = iter(self._kept)
+
+        def again(choose: Callable[[], Tensor]) -> Tensor:
+            choice = next(kept, None)
+            return choose() if choice is None else choice
+
+        self._inside.enter_context(restored(**self._state))
+        self._inside.enter_context(_ChoiceMode(again))
+
+    def __exit__(self, *error: object) -> None:
+        self._inside.close()
 
 
 def check_shard_lengths(shard_lengths: Sequence[int] | None) -> tuple[int, ...] | None:
