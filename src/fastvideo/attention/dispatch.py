@@ -6,6 +6,7 @@ it keeps: its arguments are constants that Dynamo guards (shapes, dtypes, wishes
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Mapping
@@ -182,12 +183,29 @@ def _decide(
     scope: str | None,
     call: dict[str, Any],
 ) -> Decision:
-    request = AttentionRequest(**call, system=current_platform(call["device"]))
     supported, own, default = limits
     wish, notes = resolve_wish(backend, own, scope, supported)
     if wish is None and default is not None:
         wish = Wish(default, "layer")
-    return decide(request, wish, supported, notes, tuple(registered_backends()))
+    # The machine that tensors are seen by is that of the current device.
+    is_cuda = call["device"] == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
+    device = torch.cuda.current_device() if is_cuda else None
+    return _remembered(tuple(call.items()), device, wish, supported, notes, tuple(registered_backends()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(
+    fields: tuple[tuple[str, Any], ...],
+    device: int | None,  # noqa: ARG001  # part of the key
+    wish: Wish | None,
+    supported: tuple[str, ...] | None,
+    notes: tuple[str, ...],
+    registry: tuple[str, ...],
+) -> Decision:
+    """`decide` by the fields of a request: to describe the machine and to build a request costs more than to look one up."""
+    call = dict(fields)
+    request = AttentionRequest(**call, system=current_platform(call["device"]))
+    return decide(request, wish, supported, notes, registry)
 
 
 @constant_while_tracing
