@@ -8,11 +8,14 @@ from functools import partial
 import pytest
 import torch
 
+from fastvideo.attention import DistributedAttention_VSA
+from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.block_sparse import geometry, pool_tiles, selection, video_sparse_attention
 from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_gated
 from fastvideo.block_sparse.impl import IMPLEMENTATIONS, load_implementation
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.block_sparse.video_sparse_reference import video_sparse_attention_reference
+from fastvideo.forward_context import set_forward_context
 from fastvideo.testing import assert_op_within_budget, assert_within_budget
 from fastvideo.video import TileGrid, tile_mean
 
@@ -143,6 +146,73 @@ def test_nothing_waits_for_the_device(num_text: int) -> None:
         torch.autograd.grad(attend(**inputs), list(inputs.values()), dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["hopper", "triton"])
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize(
+    ("grid_tyx", "tile_tyx", "num_text"),
+    [((5, 10, 14), (4, 4, 4), 0), ((6, 10, 16), (3, 5, 4), 77), ((8, 8, 16), (4, 4, 8), 0)],
+)
+def test_forward_in_a_cuda_graph(grid_tyx, tile_tyx, num_text: int, has_gate: bool, name: str) -> None:
+    """A replay reads what its inputs hold then, and gives the bits of an eager call."""
+    inputs = make_inputs(grid_tyx, num_text, torch.bfloat16)
+    if reasons := refusals(name, inputs, TileGrid(grid_tyx, tile_tyx)):
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    if not has_gate:
+        del inputs["gate"]
+    bound = {"grid_tyx": grid_tyx, "tile_tyx": tile_tyx, "num_replicated": num_text, "sparsity": 0.7, "impl": name}
+    attend = torch.no_grad()(partial(video_sparse_attention, **bound))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        attend(**inputs)  # compiles, and builds layouts
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(**inputs)
+    for seed in (1, 2):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for x in inputs.values():
+            x.normal_(generator=generator)
+        out.fill_(math.nan)
+        expected = attend(**inputs)
+        graph.replay()
+        assert expected.isfinite().all()
+        assert torch.equal(out, expected)
+
+
+def test_layers_in_a_cuda_graph() -> None:
+    """The layer with its dispatch and metadata is captured too, and reads caches that other streams have filled."""
+    grid_tyx = (5, 10, 14)
+    inputs = make_inputs(grid_tyx, 0, torch.bfloat16)
+    metadata = VideoSparseAttentionMetadataBuilder().build(
+        current_timestep=0, raw_latent_shape=grid_tyx, patch_size=(1, 1, 1), VSA_sparsity=0.7, device="cuda"
+    )
+    layer = DistributedAttention_VSA(num_heads=4, head_size=128)
+
+    def attend() -> torch.Tensor:
+        with torch.no_grad(), set_forward_context(current_timestep=0, attn_metadata=metadata):
+            return layer(*(inputs[x] for x in ("query", "key", "value")), gate_compress=inputs["gate"])[0]
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for x in inputs.values():
+        x.mul_(-0.7)
+    expected = attend()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_graph_does_not_build_what_is_kept() -> None:
+    grid_tyx = (7, 6, 5)
+    inputs = make_inputs(grid_tyx, 0, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="run the same call once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        video_sparse_attention(**inputs, grid_tyx=grid_tyx, sparsity=0.5)
+    torch.cuda.synchronize()
+    assert video_sparse_attention(**inputs, grid_tyx=grid_tyx, sparsity=0.5).isfinite().all()
 
 
 def test_memory() -> None:
