@@ -63,6 +63,23 @@ def test_a_pipelines_scheduler_counts_the_steps_of_both_models(phases: list[int]
     assert plan_of(pipe.transformer_2) is None
 
 
+def test_between_runs_nobody_knows_the_step(phases: list[int]) -> None:
+    """Neither a call of the model alone nor another pipeline that shares it takes over where the last run ended."""
+    pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    other = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    other.register_modules(transformer=pipe.transformer, transformer_2=pipe.transformer_2)
+    apply(pipe, SPARSE_LATER)
+    for _ in range(2):
+        for stray in (lambda: call(pipe.transformer, CASES["wan"].inputs()), lambda: run(other)):
+            with pytest.raises(ValueError, match="nobody says which step this call belongs to"):
+                stray()
+        run(pipe)
+    assert phases == [0, 0, 0, 0, 1, 1, 1, 1] * 2
+    with denoising_step(0):
+        call(pipe.transformer, CASES["wan"].inputs())
+    assert phases[-1] == 0
+
+
 def test_steps_are_found_by_their_timestep_where_the_scheduler_does_not_count(phases: list[int]) -> None:
     scheduler = diffusers.CogVideoXDDIMScheduler()
     pipe = diffusers.CogVideoXPipeline(
@@ -160,6 +177,7 @@ def test_other_pipelines(name: str, phases: list[int]) -> None:
 def test_pickled_and_alive_without_its_pipeline() -> None:
     pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
     apply(pipe, SPARSE_LATER)
+    pipe.scheduler.set_timesteps(4)
     model, inputs = pipe.transformer, CASES["wan"].inputs()
     with torch.no_grad():
         expected = call(model, inputs)

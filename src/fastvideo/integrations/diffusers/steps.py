@@ -90,7 +90,7 @@ class StepCounter:
         return self.current({}) if hasattr(scheduler, "step_index") else None
 
     def current(self, inputs: Mapping[str, Any]) -> int | None:
-        """Return the index of the step, or `None` where nobody knows it.
+        """Return the index of the step, or `None` where nobody knows it, as between a pipeline's runs.
 
         Args:
             inputs: The arguments of the forward call by name; only a scheduler that doesn't count reads them.
@@ -106,6 +106,9 @@ class StepCounter:
             return None
         if hasattr(scheduler, "step_index"):
             index = scheduler.step_index
+            # No run has begun, or the last one is over: a call now belongs to none, or to another pipeline with this model.
+            if getattr(scheduler, "num_inference_steps", None) is None or (index or 0) >= len(scheduler.timesteps):
+                return None
             # A pipeline that starts from an image or a video skips the first timesteps; its own first step is 0.
             return 0 if index is None else int(index - (scheduler.begin_index or 0))
         return _step_by_timestep(scheduler.timesteps, inputs.get("timestep"))
