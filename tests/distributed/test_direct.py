@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fastvideo.distributed.collectives import Route, gather_route, unpack
-from fastvideo.distributed.direct import DirectExchange, Fetch, has_own_places
+from fastvideo.distributed.direct import DirectExchange, Job, has_own_places
 from fastvideo.distributed.ring import regroup_route, ring_steps
+from fastvideo.distributed.symmetric import rows_of, rows_of_both
 from fastvideo.distributed.ulysses import head_route, share_heads, token_route
 
 TIMEOUT = 20.0
@@ -43,7 +44,8 @@ class ThreadMemory:
         self.num_grown = 0
         self.waited: list[tuple[int, int]] = []
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, capacity: int, waits: tuple[tuple[int, int], ...]) -> None:
+        self._wait_for_readers(waits)
         if self._last is not None:
             self._last.join(TIMEOUT)
         self._shared.growing.wait(TIMEOUT)
@@ -55,38 +57,47 @@ class ThreadMemory:
     def staging(self) -> torch.Tensor:
         return self._shared.staging[self.rank]
 
-    def wait_until_read(self, peer: int, number: int) -> None:
-        self.waited.append((peer, number))
-        with self._shared.changed:
-            assert self._shared.changed.wait_for(lambda: self._shared.read[self.rank][peer] >= number, TIMEOUT)
+    def _wait_for_readers(self, waits: tuple[tuple[int, int], ...]) -> None:
+        for peer, number in waits:
+            self.waited.append((peer, number))
+            with self._shared.changed:
+                assert self._shared.changed.wait_for(lambda: self._shared.read[self.rank][peer] >= number, TIMEOUT)  # noqa: B023
 
-    def fetch(
-        self, number: int, readers: tuple[int, ...], received: tuple[torch.Tensor, ...], fetches: tuple[Fetch, ...]
-    ) -> None:
+    def _pack(self, job: Job) -> None:
+        self._wait_for_readers(job.waits)
+        for target, source in (*job.packs, *job.own):
+            assert target.numel() > 0
+            target.copy_(source)
+
+    def run(self, job: Job) -> None:
         before, shared = self._last, self._shared
+        if not job.is_hidden:
+            self._pack(job)
 
         def copy() -> None:
             if before is not None:
                 before.join(TIMEOUT)
+            if job.is_hidden:
+                self._pack(job)
             with shared.changed:
-                for reader in readers:
-                    shared.packed[reader][self.rank] = number
+                for reader in job.readers:
+                    shared.packed[reader][self.rank] = job.number
                 shared.changed.notify_all()
-            for peer, parts in itertools.groupby(fetches, key=lambda fetch: fetch.peer):
+            for peer, parts in itertools.groupby(job.fetches, key=lambda fetch: fetch.peer):
                 with shared.changed:
-                    assert shared.changed.wait_for(lambda peer=peer: shared.packed[self.rank][peer] >= number, TIMEOUT)  # type: ignore[misc]
+                    assert shared.changed.wait_for(lambda peer=peer: shared.packed[self.rank][peer] >= job.number, TIMEOUT)  # type: ignore[misc]
                 threading.Event().wait(self._random.random() * 0.002)
                 for part in parts:
                     num_bytes = part.target.numel() * part.target.element_size()
                     source = shared.staging[peer][part.source : part.source + num_bytes].view(part.target.dtype)
                     part.target.copy_(source.view(part.target.shape))
                 with shared.changed:
-                    shared.read[peer][self.rank] = number
+                    shared.read[peer][self.rank] = job.number
                     shared.changed.notify_all()
 
         self._last = threading.Thread(target=copy, daemon=True)
         self._last.start()
-        self._copying |= {x.data_ptr(): self._last for x in received}
+        self._copying |= {x.data_ptr(): self._last for x in job.received}
 
     def finish(self, received: torch.Tensor) -> bool:
         thread = self._copying.pop(received.data_ptr(), None) if received.numel() else None
@@ -139,7 +150,8 @@ def test_heads_go_and_come_back(lengths: tuple[int, ...], num_heads: int, batch:
     assert all(memory.num_grown == 0 for memory in memories)
 
 
-def test_many_on_their_way_share_a_small_memory() -> None:
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_many_on_their_way_share_a_small_memory(is_hidden: bool) -> None:
     """Regions are used again and again, more exchanges being under way than there is room for."""
     lengths, num_heads = (8, 8), 4
     wholes = [torch.randn(1, 16, num_heads, 16) for _ in range(40)]
@@ -149,7 +161,7 @@ def test_many_on_their_way_share_a_small_memory() -> None:
         shard = [shards(whole, 1, lengths)[rank] for whole in wholes]
         routes = [head_route(x.shape, heads, lengths, rank) for x in shard]
         for first in range(0, 40, 8):
-            started = [exchange.start([shard[i]], [routes[i]])[0] for i in range(first, first + 8)]
+            started = [exchange.start([shard[i]], [routes[i]], is_hidden=is_hidden)[0] for i in range(first, first + 8)]
             for i, received in zip(range(first, first + 8), started, strict=True):
                 here = joined(exchange, received, routes[i])
                 torch.testing.assert_close(here, wholes[i][:, :, slice(*heads[rank])], rtol=0, atol=0)
@@ -252,3 +264,17 @@ def test_routes_of_all_ranks_agree_on_what_is_sent() -> None:
             received = torch.Size(route.shape).numel()
             assert sum(row[rank] for row in route.counts) == received
             assert route.back().counts[rank] == tuple(row[rank] for row in route.counts)
+
+
+def test_tensors_as_rows_of_bytes() -> None:
+    whole = torch.empty(2, 3, 8, 4, dtype=torch.float32)
+    assert rows_of(whole) == (1, 768, 768)
+    assert rows_of(whole[:, :, 2:4]) == (6, 32, 128)
+    assert rows_of(whole[:, 1:2, 2:4]) == (2, 32, 384)
+    assert rows_of(whole[:, :2, 2:4]) is None, "samples are further apart than tokens"
+    assert rows_of(whole.movedim(3, 0)) is None
+    assert rows_of(torch.empty(1, 1)) == (1, 4, 4)
+    staging = torch.empty(6 * 8)
+    assert rows_of_both(staging.view(2, 3, 2, 4), whole[:, :, 2:4]) == ((6, 32, 32), (6, 32, 128))
+    wide = torch.empty(6, 2, 16)[:, :, :4]
+    assert rows_of_both(wide.view(2, 3, 2, 4), whole[:, :, 2:4]) is None, "shorter rows than the other's, which have gaps"

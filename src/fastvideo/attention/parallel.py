@@ -188,11 +188,11 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         shared = replace(shared, mask=exchange_mask(call.mask, share_heads(*heads), rows[row], call.num_rows, ulysses))
     inputs = [(call.query, rows[row]), (call.key, kv_rows[row]), (call.value, kv_rows[row])]
     inputs += [] if call.gate is None else [(call.gate, rows[row])]
-    cut = []
-    for place, (x, _) in enumerate(inputs):
-        of_key = place in (1, 2)
-        lengths = [count * (1 if of_key else readers) for count in counts]
-        cut.append(cut_heads(call.packed(x), ulysses.size, lengths))
+    readers_of = (readers, 1, 1, readers)
+    cut = [
+        cut_heads(call.packed(x), ulysses.size, [count * together for count in counts])
+        for (x, _), together in zip(inputs, readers_of, strict=False)
+    ]
 
     def launch(number: int) -> list[Launched]:
         shares, pieces = groups[number], [of_input[number] for of_input in cut]
@@ -201,15 +201,17 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
             head_route(piece.shape, own, lengths, ulysses.rank)
             for piece, own, (_, lengths) in zip(pieces, owners, inputs, strict=False)
         ]
-        return launch_exchanges(pieces, routes, ulysses)
+        return launch_exchanges(pieces, routes, ulysses, is_hidden=number > 0)
 
-    arriving, leaving, rests = launch(0), [], []
+    # One group ahead of the one that is awaited, so that packing it fills the time.
+    arriving = [launch(number) for number in range(min(2, len(groups)))]
+    leaving, rests = [], []
     room: Tensor | None = None
     position = 0
     for number, shares in enumerate(groups):
-        query, key, value, *gate = [call.unpacked(finish_exchange(launched, ulysses)) for launched in arriving]
-        if number + 1 < len(groups):
-            arriving = launch(number + 1)
+        query, key, value, *gate = [call.unpacked(finish_exchange(launched, ulysses)) for launched in arriving.pop(0)]
+        if 0 < number < len(groups) - 1:
+            arriving.append(launch(number + 1))
         part = replace(shared, query=query, key=key, value=value, gate=gate[0] if gate else None)
         part = _with_heads(part, groups, number, ulysses.rank, *heads[:2])
         output, rest = _attend_over_heads(part, layout, chosen)
@@ -222,7 +224,7 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
                 room = output.new_empty(*route.shape[:3], heads[0] // ulysses.size, output.shape[-1])
             into = room[:, :, :, position : position + output.shape[2]]
             position += output.shape[2]
-        leaving.append(launch_exchange(output, route, ulysses, into=into))
+        leaving.append(launch_exchange(output, route, ulysses, into=into, is_hidden=number + 1 < len(groups)))
         if rest is not None:
             route = gather_route(rest.shape, 2, [stop - start for start, stop in shares.query])
             rests.append(launch_exchange(rest, route, ulysses))
@@ -343,13 +345,14 @@ def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple
 
     def launch(number: int) -> list[Launched]:
         route = gather_route(cut[1][number].shape, 1, call.kv_lengths)
-        return launch_exchanges([pieces[number] for pieces in cut[1:]], [route, route], ring)
+        return launch_exchanges([pieces[number] for pieces in cut[1:]], [route, route], ring, is_hidden=number > 0)
 
-    arriving, outputs, rests = launch(0), [], []
+    arriving = [launch(number) for number in range(min(2, count))]
+    outputs, rests = [], []
     for number in range(count):
-        key, value = [call.unpacked(finish_exchange(launched, ring)) for launched in arriving]
-        if number + 1 < count:
-            arriving = launch(number + 1)
+        key, value = [call.unpacked(finish_exchange(launched, ring)) for launched in arriving.pop(0)]
+        if 0 < number < count - 1:
+            arriving.append(launch(number + 1))
         part = replace(call, query=cut[0][number], key=key, value=value)
         if count > 1:
             part = _with_heads(part, groups, number, 0, call.query.shape[2], call.key.shape[2])

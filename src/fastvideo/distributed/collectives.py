@@ -109,7 +109,9 @@ def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tenso
     return finish_exchange(launch_exchange(x, route, group), group)
 
 
-def launch_exchange(x: torch.Tensor, route: Route, group: SequenceGroup, *, into: torch.Tensor | None = None) -> Launched:
+def launch_exchange(
+    x: torch.Tensor, route: Route, group: SequenceGroup, *, into: torch.Tensor | None = None, is_hidden: bool = False
+) -> Launched:
     """Start an exchange; hand the result to `finish_exchange`, and read it nowhere else.
 
     Args:
@@ -117,19 +119,22 @@ def launch_exchange(x: torch.Tensor, route: Route, group: SequenceGroup, *, into
         route: Its route.
         group: The ranks.
         into: Where what comes is to go, of the route's shape, its inner dims contiguous; only where no gradient is recorded.
+        is_hidden: Other work goes on meanwhile, which the exchange should not hold up.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Two autograd functions would be an eighth of the host time of a dense layer's call.
-        return Launched(_start((x,), (route,), group.name, into)[0], None, route, into)
+        return Launched(_start((x,), (route,), group.name, into, is_hidden)[0], None, route, into)
     received, sent = _Launch.apply(x, route, group.name)  # type: ignore[no-untyped-call]
     return Launched(received, sent, route)
 
 
-def launch_exchanges(tensors: Sequence[torch.Tensor], routes: Sequence[Route], group: SequenceGroup) -> list[Launched]:
-    """Start the exchange of several tensors at once, which takes less host time than one after another."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def launch_exchanges(
+    tensors: Sequence[torch.Tensor], routes: Sequence[Route], group: SequenceGroup, *, is_hidden: bool = False
+) -> list[Launched]:
+    """Start the exchange of several tensors; as one, which takes less host time, where it is hidden."""
+    if not is_hidden or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
-    started = _start(tensors, routes, group.name)
+    started = _start(tensors, routes, group.name, None, is_hidden)
     return [Launched(received, None, route) for received, route in zip(started, routes, strict=True)]
 
 
@@ -231,11 +236,15 @@ def unpack(flat: torch.Tensor, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor
 
 
 def _start(
-    tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str, into: torch.Tensor | None = None
+    tensors: Sequence[torch.Tensor],
+    routes: Sequence[Route],
+    name: str,
+    into: torch.Tensor | None = None,
+    is_hidden: bool = False,
 ) -> Sequence[torch.Tensor]:
     direct = direct_exchange(tensors[0], name)
     if direct is not None:
-        return direct.start(tensors, routes, into)
+        return direct.start(tensors, routes, into, is_hidden=is_hidden)
     return [_start_collective(x, route, name) for x, route in zip(tensors, routes, strict=True)]
 
 

@@ -48,28 +48,46 @@ class Fetch(NamedTuple):
     target: torch.Tensor
 
 
+class Job(NamedTuple):
+    """One exchange as a rank carries it out.
+
+    Attributes:
+        number: Its number, the same on every rank.
+        waits: Peers, and up to which exchange they must have read this rank's staging memory before it is written.
+        packs: What goes to staging memory: targets and sources.
+        own: What stays on this rank, likewise.
+        readers: Peers that read what is packed.
+        fetches: What this rank reads, what comes from one peer together.
+        received: The tensors that are complete in the end.
+        is_hidden: Other work goes on meanwhile, so that all copies are the copy engines'; kernels are faster, and in the way.
+    """
+
+    number: int
+    waits: tuple[tuple[int, int], ...]
+    packs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    own: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    readers: tuple[int, ...]
+    fetches: tuple[Fetch, ...]
+    received: tuple[torch.Tensor, ...]
+    is_hidden: bool
+
+
 class PeerMemory(Protocol):
     """Memory that the ranks of a group read from each other, and words between their devices. All of it is asynchronous."""
 
     rank: int
     capacity: int
 
-    def grow(self, capacity: int) -> None:
-        """Replace the staging memory by at least `capacity` bytes; a collective call, once no rank reads the old one."""
+    def grow(self, capacity: int, waits: tuple[tuple[int, int], ...]) -> None:
+        """Replace the staging memory by one of `capacity` bytes; a collective call. `waits` as of a `Job`."""
         ...
 
     def staging(self) -> torch.Tensor:
         """Return this rank's staging memory, uint8."""
         ...
 
-    def wait_until_read(self, peer: int, number: int) -> None:
-        """Let what comes next wait until `peer` has read this rank's part of exchange `number`."""
-        ...
-
-    def fetch(
-        self, number: int, readers: tuple[int, ...], received: tuple[torch.Tensor, ...], fetches: tuple[Fetch, ...]
-    ) -> None:
-        """Tell `readers` that this rank's part is packed, and copy from the peers of `fetches` into `received`."""
+    def run(self, job: Job) -> None:
+        """Start an exchange."""
         ...
 
     def finish(self, received: torch.Tensor) -> bool:
@@ -102,7 +120,12 @@ class DirectExchange:
         self._lock = threading.Lock()
 
     def start(
-        self, tensors: Sequence[torch.Tensor], routes: Sequence[Route], into: torch.Tensor | None = None
+        self,
+        tensors: Sequence[torch.Tensor],
+        routes: Sequence[Route],
+        into: torch.Tensor | None = None,
+        *,
+        is_hidden: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Start the exchange of several tensors at once.
 
@@ -110,6 +133,7 @@ class DirectExchange:
             tensors: What this rank sends.
             routes: The route of each.
             into: Where what is received goes, of its shape, if there is one tensor.
+            is_hidden: Other work goes on meanwhile.
 
         Returns:
             For each what is received, to be read after `finish`: of the route's shape, or flat if parts overlap there.
@@ -122,16 +146,16 @@ class DirectExchange:
         readers = tuple([peer for peer in self._peers if any(route.counts[rank][peer] for route in routes)])
         with self._lock:
             self._number += 1
-            start = self._claim(length, readers)
-            received, fetches = [], []
+            start, waits = self._claim(length, readers)
+            received, packs, own, fetches = [], [], [], []
             for x, route, place in zip(tensors, routes, places, strict=True):
-                self._pack(x, route, start + place)
+                packs += self._packs(x, route, start + place)
                 target = _room(x, route) if into is None else into
                 received.append(target)
                 parts = [_parts_of(target, route, sender) for sender in range(self._size)]
                 for piece, interval in zip(parts[rank], route.send.parts[rank], strict=True):
-                    own = x.narrow(route.send.dim, interval[0], interval[1] - interval[0])
-                    piece.view(own.shape).copy_(own)
+                    stays = x.narrow(route.send.dim, interval[0], interval[1] - interval[0])
+                    own.append((piece.view(stays.shape), stays))
                 for peer in self._peers:
                     source = start + place + _place(route, peer, rank) * x.element_size()
                     for piece in parts[peer]:
@@ -139,28 +163,30 @@ class DirectExchange:
                             fetches.append(Fetch(peer, source, piece))
                             source += piece.numel() * x.element_size()
             fetches.sort(key=lambda fetch: self._peers.index(fetch.peer))
-            self._memory.fetch(self._number, readers, tuple(received), tuple(fetches))
+            own = [(to, x) for to, x in own if x.numel()]
+            self._memory.run(
+                Job(self._number, waits, tuple(packs), tuple(own), readers, tuple(fetches), tuple(received), is_hidden)
+            )
         return tuple(received)
 
     def finish(self, received: torch.Tensor) -> bool:
         """Let what comes next on this stream wait until `received` is complete; return whether `start` returned it."""
         return self._memory.finish(received)
 
-    def _claim(self, length: int, readers: tuple[int, ...]) -> int:
-        """Return where this exchange's region starts, once nobody reads what was there."""
+    def _claim(self, length: int, readers: tuple[int, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Return where this exchange's region starts, and who must have read what was there."""
         memory = self._memory
         if length > memory.capacity:
-            self._free(0, memory.capacity)
-            memory.grow(max(_LEAST_CAPACITY, _REGIONS_HELD * length))
+            memory.grow(max(_LEAST_CAPACITY, _REGIONS_HELD * length), self._readers_of(0, memory.capacity))
             self._next = 0
         start = self._next if self._next + length <= memory.capacity else 0
-        self._free(start, start + length)
+        waits = self._readers_of(start, start + length)
         self._regions.append(_Region(start, start + length, self._number, readers))
         self._next = start + length
-        return start
+        return start, waits
 
-    def _free(self, start: int, stop: int) -> None:
-        """Wait for the readers of every region that overlaps one that begins at `start`."""
+    def _readers_of(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """Forget the regions that overlap one from `start` to `stop`, and return each one's readers and number."""
         last: dict[int, int] = {}
         kept: deque[_Region] = deque()
         for region in self._regions:
@@ -169,25 +195,25 @@ class DirectExchange:
             else:
                 kept.append(region)
         self._regions = kept
-        for peer, number in last.items():
-            self._memory.wait_until_read(peer, number)
+        return tuple(last.items())
 
-    def _pack(self, x: torch.Tensor, route: Route, start: int) -> None:
-        """Lay out what peers need of `x`, part after part."""
+    def _packs(self, x: torch.Tensor, route: Route, start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return where in staging memory what peers need of `x` goes, part after part."""
         rank, item = self._memory.rank, x.element_size()
         staging = self._memory.staging()
         dim, parts = route.send
         if route.is_gather:
-            staging[start : start + x.numel() * item].view(x.dtype).view(x.shape).copy_(x)
-            return
+            return [(staging[start : start + x.numel() * item].view(x.dtype).view(x.shape), x)] if x.numel() else []
+        packs = []
         for peer in self._peers:
             position = start + _place(route, rank, peer) * item
             for first, last in parts[peer]:
                 piece = x.narrow(dim, first, last - first)
                 stop = position + piece.numel() * item
                 if piece.numel():
-                    staging[position:stop].view(x.dtype).view(piece.shape).copy_(piece)
+                    packs.append((staging[position:stop].view(x.dtype).view(piece.shape), piece))
                 position = stop
+        return packs
 
 
 def _aligned(num_bytes: int) -> int:

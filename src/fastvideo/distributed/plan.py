@@ -305,7 +305,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _checked_mesh(mesh: Sequence[int], world_size: int) -> tuple[int, int]:
-    if not isinstance(mesh, Sequence) or isinstance(mesh, str) or len(mesh) != 2:
+    if not isinstance(mesh, (tuple, list)) or len(mesh) != 2:
         raise ValueError(f"expected mesh as two sizes (ring, ulysses), got {mesh!r}; a mesh's other dims share no sequence")
     ring, ulysses = mesh
     _check_sizes(**{"the mesh's ring": ring, "the mesh's ulysses": ulysses})
@@ -319,7 +319,7 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if found not in _DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise TypeError(f"expected a torch dtype or its name among {names}, got {dtype!r}")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _label(layout: PlannedLayout) -> str:

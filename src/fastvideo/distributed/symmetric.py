@@ -17,15 +17,15 @@ import math
 import pathlib
 import platform
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from fastvideo.distributed.direct import Fetch
+    from fastvideo.distributed.direct import Job
 
-__all__ = ["SymmetricMemory", "release", "why_not_symmetric"]
+__all__ = ["Rows", "SymmetricMemory", "release", "rows_of", "rows_of_both", "why_not_symmetric"]
 
 _WORDS = 4096
 """Bytes in front of the staging memory: one word per peer that is `packed`, and one that is `read`."""
@@ -64,6 +64,52 @@ def release(name: str) -> None:
             memory.release()
 
 
+class Rows(NamedTuple):
+    """A tensor as rows of bytes at equal distances.
+
+    Attributes:
+        number: How many.
+        length: Bytes of a row.
+        distance: Bytes from the start of one to that of the next.
+    """
+
+    number: int
+    length: int
+    distance: int
+
+    def cut(self, length: int) -> Rows | None:
+        """Return them as rows of `length`, a divisor of theirs: themselves, or pieces of a single row."""
+        if length == self.length:
+            return self
+        return Rows(self.length // length, length, length) if self.number == 1 else None
+
+
+def rows_of(x: torch.Tensor) -> Rows | None:
+    """Return a tensor as rows, or `None` where these are at unequal distances.
+
+    Example:
+        >>> rows_of(torch.empty(2, 3, 8, 4)[:, :, 2:4])
+        Rows(number=6, length=32, distance=128)
+    """
+    item, length = x.element_size(), 1
+    dims = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+    while dims and dims[-1][1] == length:
+        length *= dims.pop()[0]
+    if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(dims)):
+        return None
+    return Rows(math.prod(size for size, _ in dims), length * item, (dims[-1][1] if dims else length) * item)
+
+
+def rows_of_both(x: torch.Tensor, y: torch.Tensor) -> tuple[Rows, Rows] | None:
+    """Return two tensors of one shape as equally many and long rows, or `None` where they have none."""
+    one, other = rows_of(x), rows_of(y)
+    if one is None or other is None:
+        return None
+    length = min(one.length, other.length)
+    one, other = one.cut(length), other.cut(length)
+    return None if one is None or other is None else (one, other)
+
+
 _open_memories: weakref.WeakSet[SymmetricMemory] = weakref.WeakSet()
 
 
@@ -80,8 +126,9 @@ class SymmetricMemory:
         self.name, self.rank, self.capacity = group.group_name, group.rank(), 0
         self._device, self._size = device, group.size()
         self._copies: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stay: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._driver, self._runtime = _bindings("driver"), _bindings("runtime")
-        self._coming: dict[int, tuple[torch.cuda.Event, torch.Tensor]] = {}
+        self._coming: dict[int, tuple[torch.cuda.Event, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._last_waited = 0
         self._allocate(capacity)
 
@@ -113,12 +160,15 @@ class SymmetricMemory:
         self._memory, self._handle, self.capacity = memory, handle, capacity
         self._bases = [int(pointer) for pointer in handle.buffer_ptrs]
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, capacity: int, waits: tuple[tuple[int, int], ...]) -> None:
         """See `PeerMemory`."""
         with torch.cuda.device(self._device):
-            # This rank has read all it is to read, and what comes next has waited for its readers.
+            stream = torch.cuda.current_stream()
+            for peer, number in waits:
+                self._wait(stream.cuda_stream, _READ + 4 * peer, number)
+            # Then this rank has read all it is to read, and so have its readers.
             self._copies.synchronize()
-            torch.cuda.current_stream().synchronize()
+            stream.synchronize()
             self._allocate(capacity)
 
     def staging(self) -> torch.Tensor:
@@ -126,51 +176,62 @@ class SymmetricMemory:
         words_and_staging: torch.Tensor = self._memory
         return words_and_staging[_WORDS:]
 
-    def wait_until_read(self, peer: int, number: int) -> None:
+    def run(self, job: Job) -> None:
         """See `PeerMemory`."""
-        self._wait(torch.cuda.current_stream(self._device).cuda_stream, _READ + 4 * peer, number)
-
-    def fetch(
-        self, number: int, readers: tuple[int, ...], received: tuple[torch.Tensor, ...], fetches: tuple[Fetch, ...]
-    ) -> None:
-        """See `PeerMemory`. What is fetched from a peer stands together in `fetches`."""
-        copies = self._copies
-        copies.wait_stream(torch.cuda.current_stream(self._device))
+        current, copies = torch.cuda.current_stream(self._device), self._copies
+        if job.is_hidden:
+            copies.wait_stream(current)
+            self._stay.wait_stream(current)
+        # Hidden copies wait for readers on their own stream, so that the work they hide behind doesn't.
+        first = copies if job.is_hidden else current
+        for peer, number in job.waits:
+            self._wait(first.cuda_stream, _READ + 4 * peer, number)
+        for target, source in job.packs:
+            self._copy_here(target, source, first, is_kernel=not job.is_hidden)
+        for target, source in job.own:
+            self._copy_here(target, source, self._stay if job.is_hidden else current, is_kernel=not job.is_hidden)
+        if not job.is_hidden:
+            copies.wait_stream(current)
         stream = copies.cuda_stream
-        for reader in readers:
-            self._write(stream, reader, 4 * self.rank, number)
-        for peer, parts in itertools.groupby(fetches, key=lambda fetch: fetch.peer):
-            self._wait(stream, 4 * peer, number)
+        for reader in job.readers:
+            self._write(stream, reader, 4 * self.rank, job.number)
+        for peer, parts in itertools.groupby(job.fetches, key=lambda fetch: fetch.peer):
+            self._wait(stream, 4 * peer, job.number)
             for part in parts:
-                self._copy(stream, part.target, self._bases[peer] + _WORDS + part.source)
-            self._write(stream, peer, _READ + 4 * self.rank, number)
+                rows = rows_of(part.target)
+                if rows is None:
+                    raise ValueError(
+                        f"expected room for rows, got strides {part.target.stride()} of {tuple(part.target.shape)}"
+                    )
+                source_rows = Rows(rows.number, rows.length, rows.length)
+                self._copy(part.target.data_ptr(), rows, self._bases[peer] + _WORDS + part.source, source_rows, stream)
+            self._write(stream, peer, _READ + 4 * self.rank, job.number)
+        if job.is_hidden:
+            copies.wait_stream(self._stay)
         done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(copies)
-        for x in received:
+        # What is read here must not be given to others before it is.
+        sources = tuple([source for _, source in (*job.packs, *job.own)]) if job.is_hidden else ()
+        for x in job.received:
             if x.numel():
-                self._coming[x.data_ptr()] = (done, x)
+                self._coming[x.data_ptr()] = (done, x, sources)
 
-    def _copy(self, stream: int, target: torch.Tensor, source: int) -> None:
-        """Copy what stands at an address without gaps to `target`, in which only the outer dims may leave gaps."""
-        item = target.element_size()
-        row = 1
-        dims = [(size, stride) for size, stride in zip(target.shape, target.stride(), strict=True) if size > 1]
-        while dims and dims[-1][1] == row:
-            row *= dims.pop()[0]
-        num_rows = math.prod(size for size, _ in dims)
-        for (_, outer), (size, inner) in itertools.pairwise(dims):
-            if outer != size * inner:
-                raise ValueError(f"expected rows at equal distances, got strides {target.stride()} of {tuple(target.shape)}")
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        if num_rows == 1:
-            _checked(self._runtime.cudaMemcpyAsync(target.data_ptr(), source, row * item, kind, stream))
+    def _copy_here(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream, *, is_kernel: bool) -> None:
+        """Copy between two tensors of one shape on this device."""
+        pair = None if is_kernel else rows_of_both(target, source)
+        if pair is None:
+            with torch.cuda.stream(stream):
+                target.copy_(source)
         else:
-            pitch = dims[-1][1] * item
-            _checked(
-                self._runtime.cudaMemcpy2DAsync(
-                    target.data_ptr(), pitch, source, row * item, row * item, num_rows, kind, stream
-                )
-            )
+            self._copy(target.data_ptr(), pair[0], source.data_ptr(), pair[1], stream.cuda_stream)
+
+    def _copy(self, target: int, to: Rows, source: int, rows: Rows, stream: int) -> None:
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
+        if to.number == 1:
+            _checked(self._runtime.cudaMemcpyAsync(target, source, to.length, kind, stream))
+        else:
+            copy = self._runtime.cudaMemcpy2DAsync
+            _checked(copy(target, to.distance, source, rows.distance, to.length, to.number, kind, stream))
 
     def finish(self, received: torch.Tensor) -> bool:
         """See `PeerMemory`."""

@@ -17,7 +17,7 @@ two in another order, is an error too. It costs what the forward pass costs.
 A rank waits for its peers for `FASTVIDEO_AGREEMENT_TIMEOUT` seconds, 60 by default. A thread per process, the `Watchdog`, keeps
 in touch meanwhile: a few round trips, four times a second. The check is host work: in compiled code
 it is an op that copies the tensor it is given (0.2 % of an attention call's time at 75,600 tokens), a captured CUDA graph
-replays without it.
+replays without it. Threads of one process take turns, and have to come in the order in which their peers' do.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import functools
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ from fastvideo.settings import AGREEMENT_MODES, Settings
 __all__ = ["RanksDisagree", "agree", "agree_on_backward", "explain_transport_error"]
 
 _ledgers: dict[tuple[int, ...], Ledger] = {}
+_opening = threading.Lock()
 _watchdog = Watchdog()
 
 
@@ -99,7 +101,7 @@ def agree_on_backward(
     exchange the same whichever of them computes which loss.
 
     Args:
-        outputs: What the call that `agree` was asked about last returns.
+        outputs: What the call returns that `agree` was asked about last, on this thread.
         group: The ranks.
         mode: As for `agree`.
         timeout: As for `agree`.
@@ -123,7 +125,7 @@ def agree_on_backward(
     if torch.compiler.is_compiling():
         number, words = 0, _traced(fields)
     else:
-        number = 0 if mode == "off" else _ledger_of(group.ranks, timeout).count
+        number = 0 if mode == "off" else _ledger_of(group.ranks, timeout).own_number
         words = tuple([(name, str(value)) for name, value in fields.items()])
     return _Backward.apply(group.ranks, _transports(group), mode, timeout, words, number, *outputs)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -150,8 +152,7 @@ class _Backward(torch.autograd.Function):
             if torch.compiler.is_compiling():
                 grad = _agree_op(grad, list(ranks), transports, mode, timeout, words)
             else:
-                distance = _ledger_of(ranks, timeout).count + 1 - number
-                _agree_now(ranks, transports, mode, timeout, (*words, ("calls_back", str(distance))))
+                _agree_now(ranks, transports, mode, timeout, words, number)
         return None, None, None, None, None, None, grad, *others
 
 
@@ -218,16 +219,19 @@ def _from_text(text: str) -> Fields:
     return tuple((name, value) for name, value in json.loads(text))
 
 
-def _agree_now(ranks: tuple[int, ...], transports: str, mode: str, timeout: float, fields: Fields) -> None:
-    ledger = _ledger_of(ranks, timeout)
-    if ledger.count == 0:
-        ledger.transports.update(transports.split("\n"))
-    ledger.agree(fields, mode == "every", timeout)
+def _agree_now(
+    ranks: tuple[int, ...], transports: str, mode: str, timeout: float, fields: Fields, backward_of: int | None = None
+) -> None:
+    _ledger_of(ranks, timeout).agree(fields, mode == "every", timeout, transports, backward_of)
 
 
 def _ledger_of(ranks: tuple[int, ...], timeout: float) -> Ledger:
     ledger = _ledgers.get(ranks)
-    return ledger if ledger is not None and ledger.is_current else _open_ledger(ranks, timeout)
+    if ledger is not None and ledger.is_current:
+        return ledger
+    with _opening:  # two threads would count apart
+        ledger = _ledgers.get(ranks)
+        return ledger if ledger is not None and ledger.is_current else _open_ledger(ranks, timeout)
 
 
 def _open_ledger(ranks: tuple[int, ...], timeout: float) -> Ledger:

@@ -8,6 +8,11 @@ is new, or one of several known successors) first publishes its call under its n
 change only when all ranks agree, so they are alike everywhere, and no two ranks can enter the transport with different calls:
 one that deviates from the rest stops before it. Ranks that went ahead and now wait for it inside the transport are what the
 `Watchdog` is for; where the transport can't be aborted (gloo), every call is confirmed instead.
+
+Threads of one process take turns: a call that waits for its peers holds up those of other threads, and where it fails they do.
+Their order has to be that of the peers' threads. Two locks are always taken in one order: `_turn`, held through a whole call,
+then `lock`, held for a few assignments. The `Watchdog` takes `lock` alone, so it can speak while a call waits; whoever waits
+for its turn is freed by the call that has it, which finds the verdict itself.
 """
 
 from __future__ import annotations
@@ -65,6 +70,7 @@ class Ledger:
         raised: Whether a caller was told.
         transports: Names of the process groups through which its ranks exchange tensors.
         thread: Identifier of the thread that made the last call outside of a backward pass.
+        lock: Guards `waiting`, `failure` and `raised`, which the `Watchdog` reads and writes.
     """
 
     def __init__(self, ranks: tuple[int, ...], rank: int, timeout: float, generation: int = 0) -> None:
@@ -73,13 +79,16 @@ class Ledger:
         from torch.distributed.distributed_c10d import _get_default_group
 
         self.ranks, self.rank, self.timeout, self.generation = ranks, rank, timeout, generation
-        self.transports: set[str] = set()
+        self.transports: frozenset[str] = frozenset()
         self.count = 0
         self.waiting = 0
         self.failure: str | None = None
         self.raised = False
         self.thread = threading.get_ident()
         self.lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._own = threading.local()
+        self._met: set[str] = set()
         self._previous: tuple[Fields, int] = ((), 0)
         self._direction = ""
         self._successors: dict[tuple[Fields, int], Fields] = {}
@@ -101,32 +110,58 @@ class Ledger:
         """Places of the others."""
         return [place for place in range(len(self.ranks)) if place != self.rank]
 
-    def agree(self, fields: Fields, every: bool, timeout: float) -> None:
+    @property
+    def own_number(self) -> int:
+        """Number of the last call that this thread made, or 0."""
+        number: int = getattr(self._own, "number", 0)
+        return number
+
+    def agree(self, fields: Fields, every: bool, timeout: float, transports: str = "", backward_of: int | None = None) -> None:
         """Count a call and return once no rank of the group can be making another one.
 
         Args:
             fields: What the ranks have to agree on.
             every: Confirm it although it is the only known successor.
             timeout: Seconds to wait for peers.
+            transports: Names of the process groups through which the call exchanges tensors, a line each.
+            backward_of: The number of the call whose backward pass this is.
 
         Raises:
             RanksDisagree: Another rank makes another call, or doesn't come in time.
         """
-        if self.failure is not None:
-            self.raised = True
-            raise RanksDisagree(self.failure)
-        if torch._C._current_graph_task_id() == -1:
-            # In a backward pass this may be a thread of autograd's, and the one that asked for it is told.
-            self.thread = threading.get_ident()
-        known = self._successors.get(self._previous)
-        number = self.count + 1
-        if every or known is None or known != fields:
-            self._confirm(number, fields, timeout)
-            if not every:
-                self._learn(fields)
-        self._log[number % _NUM_REMEMBERED] = (number, fields)
-        self.count = number
-        self._previous = (fields, self._place_of(fields))
+        with self._turn:
+            self._raise_if_failed()
+            if torch._C._current_graph_task_id() == -1:
+                # In a backward pass this may be a thread of autograd's, and the one that asked for it is told.
+                self.thread = threading.get_ident()
+            if transports not in self._met:
+                self._met.add(transports)
+                # Another set in place of the old one, which the watchdog may be going through.
+                self.transports |= set(transports.split())
+            number = self.count + 1
+            if backward_of is not None:
+                fields = (*fields, ("calls_back", str(number - backward_of)))
+            known = self._successors.get(self._previous)
+            if every or known is None or known != fields:
+                self._confirm(number, fields, timeout)
+                if not every:
+                    self._learn(fields)
+            self._log[number % _NUM_REMEMBERED] = (number, fields)
+            self.count = self._own.number = number
+            self._previous = (fields, self._place_of(fields))
+            # A verdict may have come meanwhile, and behind this point is the transport.
+            self._raise_if_failed()
+
+    def _raise_if_failed(self) -> None:
+        if self.failure is None:
+            return
+        with self.lock:
+            # What the watchdog has raised in this thread is pending since before the lock was free, and comes up in the call.
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        self.raised = True
+        raise RanksDisagree(self.failure)
 
     def _place_of(self, fields: Fields) -> int:
         """Return which of the forward or backward passes in a row a call is; 0 where no gradient is recorded."""
@@ -179,17 +214,19 @@ class Ledger:
         return f"rank {self.ranks[place]} ended{by} after call {count} of the shared attention, where {self._me} {here}"
 
     def _confirm(self, number: int, fields: Fields, timeout: float) -> None:
-        with self.lock:
-            self.waiting = number
         try:
+            with self.lock:
+                self.waiting = number
             self.store.set(f"call/{self.rank}/{number % 2}", encode(number, fields))
             self._wait_for_peers(number, fields, timeout)
         except dist.DistNetworkError as error:
-            self.failure = (
+            text = (
                 f"{self._me} lost the store of the process group at call {number} of the shared attention ({_shown(fields)}): "
                 f"the process that hosts it, usually rank 0, has ended ({error})"
             )
-            raise RanksDisagree(self.failure) from error
+            with self.lock:
+                self.failure = text
+            raise RanksDisagree(text) from error
         finally:
             with self.lock:
                 self.waiting = 0

@@ -141,8 +141,10 @@ def _rescue(ledger: Ledger, text: str) -> None:
         # A call that waits for its peers finds the verdict itself.
         learns_by_itself = ledger.waiting != 0 or ledger.raised
         ledger.failure = text
-    if not learns_by_itself:
-        _raise_in_thread(ledger.thread, text)
+        if not learns_by_itself:
+            # Under the lock, so that a call which is about to return sees both or neither, and raises once.
+            ledger.raised = True
+            _raise_in_thread(ledger.thread, text)
     for name in ledger.transports:
         release(name)
         with contextlib.suppress(RuntimeError):  # the group may be gone already
