@@ -122,7 +122,8 @@ class ModelHook:
             if step is None:
                 raise ValueError(
                     "the policy has rules on steps, and nobody says which step this call belongs to: apply it to the whole "
-                    "pipeline and run that one, or call the model inside `with fastvideo.integrations.diffusers.denoising_step(step):`"
+                    "pipeline and run that one, or call the model inside "
+                    "`with fastvideo.integrations.diffusers.denoising_step(step):`"
                 )
             return step
         return self.steps.hint() or 0
