@@ -134,11 +134,14 @@ def known_calls_are_silent() -> str:
     for length in (4, 9, 4):
         agree(torch.zeros(1), SequenceGroup.from_mesh(dist.group.WORLD), mode="new", query=(1, length))
     ledger().store = store
-    start = time.perf_counter()
     x, group = torch.zeros(1), SequenceGroup.from_mesh(dist.group.WORLD)
-    for length in (9, 4) * 500:
-        agree(x, group, mode="new", query=(1, length))
-    return f"{(time.perf_counter() - start) * 1e3:.1f} µs"
+    seconds = []
+    for _ in range(10):  # the quickest hundred says what a call takes on a machine that has other work
+        start = time.perf_counter()
+        for length in (9, 4) * 50:
+            agree(x, group, mode="new", query=(1, length))
+        seconds.append(time.perf_counter() - start)
+    return f"{min(seconds) * 1e4:.1f} µs"
 
 
 def new_lone_shape() -> str:
@@ -325,6 +328,103 @@ def new_no_backward() -> str:
     return "no error"
 
 
+def in_threads(*functions: Callable[[], str]) -> list[str]:
+    """Run functions at once, each on a thread of its own, and return what each said."""
+    told = [""] * len(functions)
+
+    def run_one(place: int) -> None:
+        try:
+            told[place] = functions[place]()
+        except RanksDisagree as error:
+            told[place] = str(error)
+
+    threads = [threading.Thread(target=run_one, args=(place,)) for place in range(len(functions))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return told
+
+
+def threads_take_turns() -> str:
+    """Equal calls of four threads, the first of which open the ledger: each has a number of its own."""
+    group, start = SequenceGroup.from_mesh(dist.group.WORLD), threading.Barrier(4)
+
+    def calls() -> str:
+        start.wait()
+        numbers = []
+        for _ in range(25):
+            agree(torch.zeros(1), group, mode="every", timeout=5.0, query=(1, 4))
+            numbers.append(ledger().own_number)
+        return json.dumps(numbers)
+
+    numbers = sorted(number for told in in_threads(*[calls] * 4) for number in json.loads(told))
+    return f"{numbers == list(range(1, 101))} {ledger().count} calls"
+
+
+def threads_have_backward_passes_of_their_own() -> str:
+    """Rank 1's second thread makes its call before the first has named its own for the backward pass."""
+    group, words = SequenceGroup.from_mesh(dist.group.WORLD), {"pass": "forward", "query": (1, 4)}
+    x = torch.ones(1, requires_grad=True)
+    here, there = threading.Event(), threading.Event()
+    losses = {}
+
+    def first() -> str:
+        y = agree(2 * x, group, timeout=5.0, **words)
+        here.set()
+        assert RANK == 0 or there.wait(5)
+        losses[0] = agree_on_backward((y,), group, timeout=5.0, **words)[0]
+        here.set()
+        return ""
+
+    def second() -> str:
+        assert here.wait(5)
+        y = agree(3 * x, group, timeout=5.0, **words)
+        there.set()
+        losses[1] = agree_on_backward((y,), group, timeout=5.0, **words)[0]
+        return ""
+
+    assert in_threads(first, second) == ["", ""]
+    for number in (1, 0):
+        losses[number].sum().backward()
+    return f"{x.grad.item()} {ledger().count} calls"
+
+
+def threads_fail_together() -> str:
+    """Rank 0's second thread waits for its turn while the first is told that rank 1 makes another call."""
+    group = SequenceGroup.from_mesh(dist.group.WORLD)
+    agree(torch.zeros(1), group, timeout=TIMEOUT, query=(1, 4))
+
+    def other() -> str:
+        time.sleep(0.2)
+        return str(call(4))
+
+    if RANK == 1:
+        time.sleep(0.5)
+        call(5)
+    told = in_threads(lambda: str(call(4)), other)
+    start = time.monotonic()
+    while time.monotonic() - start < 0.6:  # nothing more comes from the watchdog
+        sum(range(100))
+    assert told[0] == told[1], told
+    assert ledger().count == 1
+    raise RanksDisagree(told[0])
+
+
+class Verdict(dict):
+    """Known calls, of which asking for one takes so long that a verdict comes."""
+
+    def get(self, key, default=None):
+        ledger().failure = "a verdict came"
+        return super().get(key, default)
+
+
+def verdict_during_a_known_call() -> str:
+    for _ in range(3):
+        silent(4)
+    ledger()._successors = Verdict(ledger()._successors)
+    silent(4)
+    return "entered"
+
+
 def on_nccl(length: int, timeout: float = TIMEOUT) -> float:
     """A call in mode "auto" whose transport is NCCL, with the device waited for."""
     group = SequenceGroup.from_mesh(dist.group.WORLD)
@@ -439,6 +539,10 @@ TOGETHER = (
     checkpointed,
     known_training_steps_are_silent,
     new_no_backward,
+    threads_take_turns,
+    threads_have_backward_passes_of_their_own,
+    threads_fail_together,
+    verdict_during_a_known_call,
 )
 
 

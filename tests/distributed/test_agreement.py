@@ -59,6 +59,7 @@ DIFFERENCES = {
     "other_order_of_layers": "call 3 of their shared attention: rank 1 has layer=blocks.0, of_call=1 "
     "where rank 0 has layer=blocks.1, of_call=2",
     "compiled_no_backward": "call 6 of their shared attention: rank 1 has pass=forward where rank 0 has pass=backward",
+    "threads_fail_together": "call 2 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
     "new_no_backward": "call 22 of their shared attention: rank 1 has pass=forward where rank 0 has pass=backward",
 }
 
@@ -83,6 +84,9 @@ def test_two_ranks(server, tmp_path: Path) -> None:
     assert [report["told"] for report in told["checkpointed"]] == ["True True 16 calls"] * 2, "4 + 2 × (2 + 2 + 2)"
     for report in told["known_training_steps_are_silent"]:
         assert re.fullmatch(r"[\d.]+ µs", str(report["told"])), report["told"]
+    assert [report["told"] for report in told["threads_take_turns"]] == ["True 100 calls"] * 2
+    assert [report["told"] for report in told["threads_have_backward_passes_of_their_own"]] == ["5.0 4 calls"] * 2
+    assert [report["told"] for report in told["verdict_during_a_known_call"]] == ["a verdict came"] * 2
     absent = {str(report["told"]) for report in told["absent"]}
     assert len(absent) == 1
     assert absent.pop().startswith("rank 1 did not come to call 2 of the shared attention within 0.8 s, where rank 0 asks for")
