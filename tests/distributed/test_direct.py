@@ -14,7 +14,7 @@ import torch
 from fastvideo.distributed.collectives import Route, gather_route, unpack
 from fastvideo.distributed.direct import DirectExchange, Job, has_own_places
 from fastvideo.distributed.ring import regroup_route, ring_steps
-from fastvideo.distributed.symmetric import rows_of, rows_of_both
+from fastvideo.distributed.symmetric import copy_wide, rows_of, rows_of_both
 from fastvideo.distributed.ulysses import head_route, share_heads, token_route
 
 TIMEOUT = 20.0
@@ -63,22 +63,23 @@ class ThreadMemory:
             with self._shared.changed:
                 assert self._shared.changed.wait_for(lambda: self._shared.read[self.rank][peer] >= number, TIMEOUT)  # noqa: B023
 
-    def _pack(self, job: Job) -> None:
-        self._wait_for_readers(job.waits)
-        for target, source in (*job.packs, *job.own):
+    def _copy(self, pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> None:
+        for target, source in pairs:
             assert target.numel() > 0
-            target.copy_(source)
+            copy_wide(target, source)
 
     def run(self, job: Job) -> None:
         before, shared = self._last, self._shared
+        self._wait_for_readers(job.waits)
+        self._copy(job.packs)
         if not job.is_hidden:
-            self._pack(job)
+            self._copy(job.own)
 
         def copy() -> None:
             if before is not None:
                 before.join(TIMEOUT)
             if job.is_hidden:
-                self._pack(job)
+                self._copy(job.own)
             with shared.changed:
                 for reader in job.readers:
                     shared.packed[reader][self.rank] = job.number
@@ -278,3 +279,14 @@ def test_tensors_as_rows_of_bytes() -> None:
     assert rows_of_both(staging.view(2, 3, 2, 4), whole[:, :, 2:4]) == ((6, 32, 32), (6, 32, 128))
     wide = torch.empty(6, 2, 16)[:, :, :4]
     assert rows_of_both(wide.view(2, 3, 2, 4), whole[:, :, 2:4]) is None, "shorter rows than the other's, which have gaps"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("head_size", [8, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float64, torch.complex64])
+def test_copies_of_16_bytes_are_copies(dtype: torch.dtype, head_size: int, first: int) -> None:
+    source = torch.randint(0, 200, (2, 3, 6, head_size)).to(dtype)[:, :, first:4]
+    target = torch.zeros(2, 3, 6, head_size, dtype=dtype)
+    copy_wide(target[:, :, 2 : 6 - first], source)
+    assert torch.equal(target[:, :, 2 : 6 - first], source)
+    assert not target[:, :, :2].any()

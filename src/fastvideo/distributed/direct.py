@@ -30,8 +30,8 @@ __all__ = ["DirectExchange", "Fetch", "PeerMemory", "direct_exchange", "exchange
 
 _ALIGNMENT = 512
 _LEAST_CAPACITY = 64 << 20
-_REGIONS_HELD = 4
-"""Exchanges of the largest size that staging memory holds: query, key, value and gate of one group of heads."""
+_REGIONS_HELD = 2
+"""Exchanges of the largest size that staging memory holds: one is packed while another is read."""
 
 
 class Fetch(NamedTuple):
@@ -59,7 +59,7 @@ class Job(NamedTuple):
         readers: Peers that read what is packed.
         fetches: What this rank reads, what comes from one peer together.
         received: The tensors that are complete in the end.
-        is_hidden: Other work goes on meanwhile, so that all copies are the copy engines'; kernels are faster, and in the way.
+        is_hidden: Other work goes on meanwhile, so that what stays is left to copy engines; kernels are faster, and in the way.
     """
 
     number: int

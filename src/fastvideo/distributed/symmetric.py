@@ -25,7 +25,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from fastvideo.distributed.direct import Job
 
-__all__ = ["Rows", "SymmetricMemory", "release", "rows_of", "rows_of_both", "why_not_symmetric"]
+__all__ = ["Rows", "SymmetricMemory", "copy_wide", "release", "rows_of", "rows_of_both", "why_not_symmetric"]
 
 _WORDS = 4096
 """Bytes in front of the staging memory: one word per peer that is `packed`, and one that is `read`."""
@@ -98,6 +98,20 @@ def rows_of(x: torch.Tensor) -> Rows | None:
     if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(dims)):
         return None
     return Rows(math.prod(size for size, _ in dims), length * item, (dims[-1][1] if dims else length) * item)
+
+
+def copy_wide(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of one shape by a kernel, 16 bytes at a time where both allow it: twice as fast as two at a time."""
+    both = (target, source)
+    if all(_is_wide(x) for x in both):
+        target, source = (x.view(torch.complex128) for x in both)
+    target.copy_(source)
+
+
+def _is_wide(x: torch.Tensor) -> bool:
+    item = x.element_size()
+    steps = [x.data_ptr(), x.shape[-1] * item, *[stride * item for stride in x.stride()[:-1]]]
+    return not x.is_complex() and x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
 
 
 def rows_of_both(x: torch.Tensor, y: torch.Tensor) -> tuple[Rows, Rows] | None:
@@ -179,19 +193,20 @@ class SymmetricMemory:
     def run(self, job: Job) -> None:
         """See `PeerMemory`."""
         current, copies = torch.cuda.current_stream(self._device), self._copies
-        if job.is_hidden:
-            copies.wait_stream(current)
-            self._stay.wait_stream(current)
-        # Hidden copies wait for readers on their own stream, so that the work they hide behind doesn't.
-        first = copies if job.is_hidden else current
         for peer, number in job.waits:
-            self._wait(first.cuda_stream, _READ + 4 * peer, number)
+            self._wait(current.cuda_stream, _READ + 4 * peer, number)
+        if job.is_hidden:
+            self._stay.wait_stream(current)
+        # Peers wait for what is packed, and a kernel packs thrice as fast; what stays may take its time.
         for target, source in job.packs:
-            self._copy_here(target, source, first, is_kernel=not job.is_hidden)
+            copy_wide(target, source)
+        copies.wait_stream(current)
         for target, source in job.own:
-            self._copy_here(target, source, self._stay if job.is_hidden else current, is_kernel=not job.is_hidden)
-        if not job.is_hidden:
-            copies.wait_stream(current)
+            pair = rows_of_both(target, source) if job.is_hidden else None
+            if pair is None:
+                copy_wide(target, source)
+            else:
+                self._copy(target.data_ptr(), pair[0], source.data_ptr(), pair[1], self._stay.cuda_stream)
         stream = copies.cuda_stream
         for reader in job.readers:
             self._write(stream, reader, 4 * self.rank, job.number)
@@ -206,24 +221,14 @@ class SymmetricMemory:
                 source_rows = Rows(rows.number, rows.length, rows.length)
                 self._copy(part.target.data_ptr(), rows, self._bases[peer] + _WORDS + part.source, source_rows, stream)
             self._write(stream, peer, _READ + 4 * self.rank, job.number)
-        if job.is_hidden:
-            copies.wait_stream(self._stay)
+        copies.wait_stream(self._stay if job.is_hidden else current)
         done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(copies)
-        # What is read here must not be given to others before it is.
-        sources = tuple([source for _, source in (*job.packs, *job.own)]) if job.is_hidden else ()
+        # What the copy engines read here must not be given to others before they have.
+        sources = tuple([source for _, source in job.own]) if job.is_hidden else ()
         for x in job.received:
             if x.numel():
                 self._coming[x.data_ptr()] = (done, x, sources)
-
-    def _copy_here(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream, *, is_kernel: bool) -> None:
-        """Copy between two tensors of one shape on this device."""
-        pair = None if is_kernel else rows_of_both(target, source)
-        if pair is None:
-            with torch.cuda.stream(stream):
-                target.copy_(source)
-        else:
-            self._copy(target.data_ptr(), pair[0], source.data_ptr(), pair[1], stream.cuda_stream)
 
     def _copy(self, target: int, to: Rows, source: int, rows: Rows, stream: int) -> None:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
