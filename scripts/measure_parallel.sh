@@ -4,12 +4,14 @@
 #   scripts/measure_parallel.sh [FOLDER]                   all of it, results in FOLDER (benchmarks/results)
 #   PARTS="test 720p" scripts/measure_parallel.sh          only some parts: test, 720p, 480p
 #   RANKS=2 DEVICE=cpu PARTS=cpu scripts/measure_parallel.sh   the same on gloo, a small shape
+#   MORE="" scripts/measure_parallel.sh                    without float8; more options of `fastvideo bench` at will
 #
 # Each step is a process of its own with a time limit, so that one failure costs nothing but its own rows; what a step has
 # measured by then is in its file.
 set -u
 folder=${1:-benchmarks/results}
 parts=${PARTS:-test 720p 480p}
+more=${MORE---fp8}
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
@@ -95,8 +97,10 @@ for part in $parts; do
                 tee "$folder/multi-gpu-x$ranks.txt" | tail -n 60
             [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
             ;;
-        720p) bench wan2.1-14b-720p 170 wan2.1-14b-720p --rounds 2 --round-ms 100 --fp8 ;;
-        480p) bench wan2.1-1.3b-480p 100 wan2.1-1.3b-480p --rounds 3 --round-ms 60 --fp8 ;;
+        # shellcheck disable=SC2086  # options, none of which holds a space
+        720p) bench wan2.1-14b-720p 200 wan2.1-14b-720p --rounds 2 --round-ms 100 $more ;;
+        # shellcheck disable=SC2086
+        480p) bench wan2.1-1.3b-480p 100 wan2.1-1.3b-480p --rounds 3 --round-ms 60 $more ;;
         cpu) bench cpu-4k 100 cpu-4k --rounds 2 --round-ms 20 --backends TORCH_SDPA VIDEO_SPARSE_ATTN --dtype float32 ;;
         *)
             echo "unknown part $part; there are test, 720p, 480p and cpu"
