@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from fastvideo.distributed.collectives import Route, gather_route, unpack
-from fastvideo.distributed.direct import DirectExchange, Job, has_own_places
+from fastvideo.distributed.direct import DirectExchange, Job, direct_exchange, exchange_kind, has_own_places
 from fastvideo.distributed.ring import regroup_route, ring_steps
 from fastvideo.distributed.symmetric import copy_wide, rows_of, rows_of_both
 from fastvideo.distributed.ulysses import head_route, share_heads, token_route
+from fastvideo.settings import Settings
 
 TIMEOUT = 20.0
 
@@ -290,3 +291,15 @@ def test_copies_of_16_bytes_are_copies(dtype: torch.dtype, head_size: int, first
     copy_wide(target[:, :, 2 : 6 - first], source)
     assert torch.equal(target[:, :, 2 : 6 - first], source)
     assert not target[:, :, :2].any()
+
+
+def test_the_environment_says_how_tensors_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert exchange_kind(cpu) == "collective"
+    assert Settings.from_environment({"FASTVIDEO_EXCHANGE": " Direct "}).exchange == "direct"
+    assert Settings.from_environment({}).exchange == "auto"
+    with pytest.raises(ValueError, match="FASTVIDEO_EXCHANGE among auto, direct, collective, got 'nvlink'"):
+        Settings.from_environment({"FASTVIDEO_EXCHANGE": "nvlink"})
+    monkeypatch.setattr(Settings, "current", classmethod(lambda cls: cls(exchange="direct")))
+    with pytest.raises(RuntimeError, match="tensors on cpu have no copy engines"):
+        direct_exchange(torch.ones(2), "any")

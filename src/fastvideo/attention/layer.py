@@ -243,7 +243,8 @@ class DistributedAttention(_AttentionLayer):
             `"front"`.
         replicated_grad: `"reduced"` or `"partial"`, see above.
         head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed
-            (by Ulysses and gather; groups are alike, so their number divides); `None` is one: more cost time on NVLink.
+            (by Ulysses and gather; the first and the last are small); `None` is one, or three in sparse attention without
+            gradient whose exchange copy engines carry.
         exchange_dtype: `torch.float8_e4m3fn` sends queries, keys, values and outputs in 8 bits with a scale per token and
             head, by Ulysses and gather, without gradient; outputs are then off by about 5 %. `None` sends them as they are.
         **extra_impl_args: Handed to the implementation, which refuses what it doesn't know.

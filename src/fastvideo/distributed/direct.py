@@ -277,12 +277,21 @@ def exchange_kind(device: torch.device) -> str:
 
     Ranks agree on it before each call, since the two don't meet. Whether a group can do what is wished is settled once, by all
     its ranks together.
+
+    Raises:
+        RuntimeError: `FASTVIDEO_EXCHANGE=direct`, and the device is no CUDA device.
     """
-    if torch.compiler.is_compiling() or device.type != "cuda":
+    if torch.compiler.is_compiling():
         return "collective"
-    if Settings.current().exchange == "collective" or torch.cuda.is_current_stream_capturing():
+    wish = Settings.current().exchange
+    if device.type != "cuda":
+        if wish == "direct":
+            raise RuntimeError(
+                f"FASTVIDEO_EXCHANGE=direct was asked for, and tensors on {device} have no copy engines; "
+                "use FASTVIDEO_EXCHANGE=auto or collective"
+            )
         return "collective"
-    return "direct"
+    return "collective" if wish == "collective" or torch.cuda.is_current_stream_capturing() else "direct"
 
 
 def direct_exchange(x: torch.Tensor, name: str) -> DirectExchange | None:

@@ -44,7 +44,7 @@ class ParallelPlan:
         layout: `"auto"`, `"ulysses"`, `"ring"` or `"gather"`, as of `DistributedAttention`; `fastvideo.distributed.plan`
             says what each costs.
         head_groups: Into how many groups a device's heads are cut at most, so that one travels while another is computed;
-            `None` is one.
+            `None` leaves it to the layer.
         exchange_dtype: `torch.float8_e4m3fn` sends in 8 bits, at inference; `None` sends tensors as they are.
         shards: Where a model's tokens are cut and joined, instead of what its family says.
     """
