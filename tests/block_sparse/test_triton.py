@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import os
 import re
 import subprocess
@@ -18,6 +16,8 @@ import torch
 from fastvideo.block_sparse import BlockPattern, TileLayout
 from fastvideo.block_sparse.impl import choose_implementation
 from fastvideo.block_sparse.impl import triton as implementation
+
+from .hopper_compiler import compile_triton
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
@@ -82,17 +82,36 @@ def test_listed_before_the_portable_one() -> None:
     assert list(trace).index("triton") < list(trace).index("portable")
 
 
-def compiled(kernel: str, head_size: int, folder: Path) -> tuple[int, list[str], str]:
-    """Compile a kernel for sm_90a in its default blocks; bytes of spills, warnings of ptxas and the PTX."""
-    from triton import compile as compile_kernel
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+TYPES = {
+    **dict.fromkeys(("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue"), "*bf16"),
+    **dict.fromkeys(("indices", "counts", "q_offsets", "k_offsets", "q_order", "k_order", "list_offsets", "lists"), "*i32"),
+    **dict.fromkeys(("lse", "dlse", "lse_log2", "delta"), "*fp32"),
+    **dict.fromkeys(("scale", "scale_log2"), "fp32"),
+    "offsets": "*i32",
+    "marks": "*u8",
+}
+PRODUCTS = ("fwd", "bwd_dq", "bwd_dkdv")
+# Kernels without a product: constants, as the launch gives them.
+OTHERS = {
+    "bwd_rows": {"HEAD_SIZE": 128, "D": 128, "M": 64},
+    "bwd_rows of head size 80 without a gradient of the log-sum-exp": {"HEAD_SIZE": 80, "D": 128, "M": 64, "dlse": None},
+    "mark": {"BLOCK": 128},
+    "mark without counts": {"BLOCK": 128, "counts": None},
+    "compress": {"BLOCK": 1024},
+    "compress of few tiles": {"BLOCK": 128},
+}
+COMPILED = {
+    f"fastvideo.block_sparse.impl.triton.kernels.block_sparse_{case.split()[0]}_kernel" for case in (*PRODUCTS, *OTHERS)
+}
 
+
+@needs_triton
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("kernel", PRODUCTS)
+def test_compiles_for_hopper(kernel: str, head_size: int, tmp_path: Path) -> None:
     from fastvideo.block_sparse.impl.triton import kernels, launch
 
-    blocks = launch.choose_blocks(kernel, head_size, torch.bfloat16, 64, 64)
-    function = getattr(kernels, f"block_sparse_{kernel if kernel == 'fwd' else f'bwd_{kernel}'}_kernel")
+    blocks = launch.choose_blocks(kernel.removeprefix("bwd_"), head_size, torch.bfloat16, 64, 64)
     constants = {
         "HEAD_SIZE": head_size,
         "D": head_size,
@@ -101,49 +120,31 @@ def compiled(kernel: str, head_size: int, folder: Path) -> tuple[int, list[str],
         "PRECISION": "ieee",
         "SCALE_IS_POSITIVE": True,
         "correction": None,
-        **{f"{side}_{name}": value for side in "QK" for name, value in (("TILE", 64), ("SLOT", 64), ("UNIFORM", True))},
+        **{f"{side}_{name}": value for side in "QK" for name, value in (("TILE", 64), ("UNIFORM", True), ("MASKED", False))},
         "Q_SLOT": min(64, blocks.m),
         "K_SLOT": min(64, blocks.n),
-        "Q_MASKED": False,
-        "K_MASKED": False,
     }
-    if kernel == "dkdv":
+    if kernel == "bwd_dkdv":
         constants["GROUP"] = 1
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    integers = ("indices", "counts", "q_offsets", "k_offsets", "q_order", "k_order", "list_offsets", "lists")
-    signature = {}
-    for name in function.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in integers:
-            signature[name] = "*i32"
-        elif name in ("lse", "lse_log2", "delta"):
-            signature[name] = "*fp32"
-        elif name.startswith("scale"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if name.startswith("s_") or name.isupper() else "*bf16"
-    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or re.match("s_[qkvd]", name)]
-    source = ASTSource(function, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
-    log = io.StringIO()
-    with knobs.nvidia.scope(), knobs.cache.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.cache.dir = str(folder)
-        knobs.compilation.always_compile = True
-        result = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()).groups()
-    warnings = [line for line in log.getvalue().splitlines() if re.search(r"C75\d\d|will be ignored", line)]
-    return int(stores) + int(loads), warnings, result.asm["ptx"]
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    function = getattr(kernels, f"block_sparse_{kernel}_kernel")
+    result = compile_triton(function, constants, TYPES, tmp_path, strides="s_[qkvd]", **options)
+    assert result.spilled <= SPILL_BUDGET
+    assert not result.warnings
+    assert "wgmma.mma_async" in result.ptx
+    # Rows of the walked tensors arrive by asynchronous copies of 16 bytes.
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", result.ptx)
 
 
 @needs_triton
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("kernel", ["fwd", "dq", "dkdv"])
-def test_compiles_for_hopper(kernel: str, head_size: int, tmp_path: Path) -> None:
-    spills, warnings, ptx = compiled(kernel, head_size, tmp_path)
-    assert spills <= SPILL_BUDGET
-    assert not warnings
-    assert "wgmma.mma_async" in ptx
-    # Rows of the walked tensors arrive by asynchronous copies of 16 bytes.
-    assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", ptx)
+@pytest.mark.parametrize("case", OTHERS)
+def test_kernels_without_products_compile_for_hopper(case: str, tmp_path: Path) -> None:
+    from fastvideo.block_sparse.impl.triton import kernels
+
+    kernel = getattr(kernels, f"block_sparse_{case.split()[0]}_kernel")
+    result = compile_triton(kernel, OTHERS[case], TYPES, tmp_path, strides="s_[d]", num_warps=4)
+    assert result.spilled <= SPILL_BUDGET
+    assert not result.warnings
+    if case.startswith("bwd_rows"):
+        # Rows are read 16 bytes at a time.
+        assert "ld.global.v4.b32" in result.ptx

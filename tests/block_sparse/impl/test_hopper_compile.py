@@ -1,21 +1,19 @@
 """The Hopper kernels compile for sm_90a without a GPU: no spills in a loop of products, few outside, no serialised wgmma.
 
-Run it with each supported Triton: the installed one, and another by putting its folder first on the path:
-`pip install --no-deps --target DIR triton==3.6.0; PYTHONPATH=src:DIR pytest tests/block_sparse/impl/test_hopper_compile.py`.
+`make test` runs it with the installed Triton, `make compile` with the oldest that is supported.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import io
 import re
-import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+
+from ..hopper_compiler import Compiled, compile_triton, run_compiler
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -29,15 +27,6 @@ SHARED_LIMIT = 232_448
 INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "queues", "ends", "lengths")
 NUMBERS = ("first_head", "max_blocks")
 LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue")
-
-
-class Compiled(NamedTuple):
-    """What ptxas made of a kernel."""
-
-    spilled: int
-    warnings: list[str]
-    shared: int
-    sass: list[tuple[int, str]]
 
 
 def signature_of(kernel: Any, head_size: int, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -73,7 +62,7 @@ def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **con
 
     kernel = getattr(forward_kernel if name == "fwd" else backward_kernels, f"block_sparse_{name}_kernel")
     table = {"fwd": launch.FWD, "bwd_dq": launch.DQ, "bwd_dkdv": launch.DKDV}[name][head_size]
-    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": 4000, "GROUP": 1, **table}
+    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": launch._LOOKS, "GROUP": 1, **table}
     if name != "bwd_dkdv":
         del defaults["GROUP"]
     constants = {key: value for key, value in (defaults | constants).items() if key in kernel.arg_names}
@@ -81,30 +70,6 @@ def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **con
     aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or re.match("s_[qkvd][bsh]$", n)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     return run_compiler(GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes), folder, num_warps=4)
-
-
-def run_compiler(source: Any, folder: Path, num_warps: int) -> Compiled:
-    """Compile for sm_90a and read ptxas' log and the machine code."""
-    import triton.backends.nvidia as nvidia
-    from triton import compile as compile_kernel
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-
-    log = io.StringIO()
-    with knobs.nvidia.scope(), knobs.cache.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.cache.dir = str(folder)
-        knobs.compilation.always_compile = True
-        options = {"num_warps": num_warps, "enable_fp_fusion": True}
-        result = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue()).groups()
-    warnings = [line for line in log.getvalue().splitlines() if re.search(r"C75\d\d|will be ignored", line)]
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(result.asm["cubin"])
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    sass = [(int(a, 16), op) for a, op in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)]
-    return Compiled(int(stores) + int(loads), warnings, result.metadata.shared, sass)
 
 
 def loops_of_products(sass: list[tuple[int, str]]) -> list[list[str]]:
@@ -141,10 +106,11 @@ def overwritten_operands(loop: list[str]) -> set[int]:
     return {register for register, times in readers.items() if times > 1 and register in written}
 
 
-# By kernel: head size and constants other than those of a launch with tiles of 64 tokens.
-CASES = {
-    "fwd": [(64, {}), (128, {}), (128, {"BOX_TOKENS": 60})],
-    "bwd_dq": [(64, {}), (128, {"BOX_TOKENS": 60})],
+# By kernel: head size and constants other than those of a launch with tiles of 64 tokens, whose programs walk in step.
+ALONE = {"IN_STEP": 0}
+CASES: dict[str, list[tuple[int, dict[str, int]]]] = {
+    "fwd": [(64, {}), (64, ALONE), (128, {}), (128, ALONE), (128, {"BOX_TOKENS": 60})],
+    "bwd_dq": [(64, {}), (64, ALONE), (128, {}), (128, ALONE), (128, {"BOX_TOKENS": 60})],
     "bwd_dkdv": [(64, {}), (128, {}), (128, {"GROUP": 4})],
 }
 
@@ -159,6 +125,9 @@ def test_compiles_for_hopper(name: str, case: int, tmp_path: Path) -> None:
     assert not result.warnings
     assert result.spilled <= (SPILL_BUDGET_LATER if is_later else SPILL_BUDGET)[name]
     assert result.shared <= SHARED_LIMIT
+    if name != "bwd_dkdv":
+        # Programs in step count themselves in.
+        assert any("ATOMG" in op or "RED." in op for _, op in result.sass) == bool(constants.get("IN_STEP", True))
     loops = loops_of_products(result.sass)
     # One loop for each of the two warpgroups.
     assert len(loops) == 2
@@ -201,29 +170,20 @@ FEEDING = {
 
 @pytest.mark.parametrize("case", FEEDING)
 def test_feeding_kernels_compile_without_spills(case: str, tmp_path: Path) -> None:
-    from triton.compiler import ASTSource
-
     (module, constants, num_warps), name = FEEDING[case], case.split()[0]
     kernel = getattr(importlib.import_module(f"fastvideo.block_sparse.impl.hopper.{module}"), name)
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in ("key", "value", "query", "dout", "out") or argument.startswith("packed_"):
-            signature[argument] = "*bf16"
-        elif argument in ("lse", "dlse", "stats"):
-            signature[argument] = "*fp32"
-        elif argument == "marks":
-            signature[argument] = "*u8"
-        elif argument in ("keys", "places", "totals"):
-            signature[argument] = "*i64"
-        else:
-            is_number = argument.isupper() or argument.startswith(("s_", "num_")) or argument in NUMBERS
-            signature[argument] = "i32" if is_number else "*i32"
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    result = run_compiler(ASTSource(kernel, signature, constexprs=constants, attrs=attributes), tmp_path, num_warps)
+    types = {
+        argument: "*i32"
+        for argument in kernel.arg_names
+        if not (argument.isupper() or argument.startswith(("s_", "num_")) or argument in NUMBERS)
+    }
+    types |= dict.fromkeys(("key", "value", "query", "dout", "out"), "*bf16")
+    types |= {argument: "*bf16" for argument in kernel.arg_names if argument.startswith("packed_")}
+    types |= dict.fromkeys(("lse", "dlse", "stats"), "*fp32")
+    types |= {"marks": "*u8", **dict.fromkeys(("keys", "places", "totals"), "*i64")}
+    result = compile_triton(kernel, constants, types, tmp_path, num_warps=num_warps)
     assert result.spilled == 0
+    assert not result.warnings
     assert result.sass
 
 
@@ -233,3 +193,10 @@ def test_names_of_gluon_that_differ_are_found() -> None:
     from fastvideo.block_sparse.impl.hopper import gluon_names
 
     assert gluon_names.tma_load in (getattr(tma, "async_load", None), tma.async_copy_global_to_shared)
+
+
+_HOPPER = "fastvideo.block_sparse.impl.hopper"
+COMPILED = {
+    *(f"{_HOPPER}.{'forward_kernel' if name == 'fwd' else 'backward_kernels'}.block_sparse_{name}_kernel" for name in CASES),
+    *(f"{_HOPPER}.{module}.{case.split()[0]}" for case, (module, *_) in FEEDING.items()),
+}
