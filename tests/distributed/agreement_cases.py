@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 
 from fastvideo.attention import DistributedAttention
-from fastvideo.distributed import agreement
+from fastvideo.distributed import agreement, gather_sequence, shard_sequence
 from fastvideo.distributed.agreement import RanksDisagree, agree, agree_on_backward
 from fastvideo.distributed.mesh import SequenceGroup
 
@@ -328,6 +328,72 @@ def new_no_backward() -> str:
     return "no error"
 
 
+def gather_other_lengths() -> str:
+    gather_sequence(torch.ones(1, 4 + RANK, 3))
+    return "no error"
+
+
+def gather_other_dtype() -> str:
+    gather_sequence(torch.ones(1, 4, 3, dtype=torch.float64 if RANK else torch.float32))
+    return "no error"
+
+
+def gather_other_dims() -> str:
+    gather_sequence(torch.ones(1, 4, 3 + RANK), dim=-2)
+    return "no error"
+
+
+def gather_no_gradient() -> str:
+    gather_sequence(torch.ones(1, 4, requires_grad=RANK == 0))
+    return "no error"
+
+
+def gather_no_backward() -> str:
+    """Rank 1 goes on without the backward pass of its second call."""
+    for step in range(3):
+        loss = gather_sequence(torch.ones(1, 4, requires_grad=True)).sum()
+        if step != 1 or RANK == 0:
+            loss.backward()
+    return "no error"
+
+
+def shard_other_lengths() -> str:
+    """Nothing is exchanged forward, and the backward pass would add tensors of unequal sizes."""
+    shard_sequence(torch.ones(1, 4 + 2 * RANK, requires_grad=True))
+    return "no error"
+
+
+def shard_no_backward() -> str:
+    x = torch.ones(1, 4, requires_grad=True)
+    losses = [shard_sequence(x).sum() for _ in range(2)]
+    losses[0].backward()
+    if RANK == 0:
+        losses[1].backward()
+    gather_sequence(torch.ones(1, 2))
+    return "no error"
+
+
+def compiled_shards() -> str:
+    """Cut and joined in one graph, forward and backward, at lengths that change; then rank 1 has another dtype."""
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return gather_sequence((RANK + 1) * shard_sequence(x, 1), 1)
+
+    torch._dynamo.reset()
+    run = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    for length in (4, 8, 6):
+        x = torch.arange(2.0 * length).view(2, length).requires_grad_()
+        out = run(x)
+        factors = torch.tensor([1.0, 2.0]).repeat_interleave(length // 2)
+        assert torch.equal(out, x * factors), (out, x)
+        (out * out.detach() / SIZE).sum().backward()
+        assert torch.equal(x.grad, x * factors**2), (x.grad, x)
+    calls = ledger().count
+    assert calls == 12, calls
+    run(torch.ones(2, 4, dtype=torch.float64 if RANK else torch.float32))
+    return "no error"
+
+
 def in_threads(*functions: Callable[[], str]) -> list[str]:
     """Run functions at once, each on a thread of its own, and return what each said."""
     told = [""] * len(functions)
@@ -539,6 +605,14 @@ TOGETHER = (
     checkpointed,
     known_training_steps_are_silent,
     new_no_backward,
+    gather_other_lengths,
+    gather_other_dtype,
+    gather_other_dims,
+    gather_no_gradient,
+    gather_no_backward,
+    shard_other_lengths,
+    shard_no_backward,
+    compiled_shards,
     threads_take_turns,
     threads_have_backward_passes_of_their_own,
     threads_fail_together,

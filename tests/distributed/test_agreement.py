@@ -59,6 +59,16 @@ DIFFERENCES = {
     "other_order_of_layers": "call 3 of their shared attention: rank 1 has layer=blocks.0, of_call=1 "
     "where rank 0 has layer=blocks.1, of_call=2",
     "compiled_no_backward": "call 6 of their shared attention: rank 1 has pass=forward where rank 0 has pass=backward",
+    "gather_other_lengths": "call 1 of their shared attention: rank 1 has lengths=(5, 5) where rank 0 has lengths=(4, 4)",
+    "gather_other_dtype": "call 1 of their shared attention: rank 1 has dtype=torch.float64 "
+    "where rank 0 has dtype=torch.float32",
+    "gather_other_dims": "call 1 of their shared attention: rank 1 has other_dims=(1, 4) where rank 0 has other_dims=(1, 3)",
+    "gather_no_gradient": "call 1 of their shared attention: rank 1 has pass=inference where rank 0 has pass=forward",
+    "gather_no_backward": "call 4 of their shared attention: rank 1 has pass=forward where rank 0 has pass=backward",
+    "shard_other_lengths": "call 1 of their shared attention: rank 1 has lengths=(3, 3) where rank 0 has lengths=(2, 2)",
+    "shard_no_backward": "call 4 of their shared attention: rank 1 has pass=inference, operation=gather_sequence "
+    "where rank 0 has pass=backward, operation=shard_sequence",
+    "compiled_shards": "call 13 of their shared attention: rank 1 has dtype=torch.float64 where rank 0 has dtype=torch.float32",
     "threads_fail_together": "call 2 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
     "new_no_backward": "call 22 of their shared attention: rank 1 has pass=forward where rank 0 has pass=backward",
 }

@@ -1,17 +1,20 @@
 """A tensor cut into one shard per rank, and back; and the lengths of shards.
 
 Lengths come from the caller: as an argument, or with the step's context (`set_forward_context(..., shard_lengths=)` or
-`sequence_parallel(mesh, shard_lengths=)`). Without them shards are equal. No rank asks its peers.
+`sequence_parallel(mesh, shard_lengths=)`). Without them shards are equal. No rank asks its peers for them; before anything is
+exchanged ranks agree that all mean the same (`fastvideo.distributed.agreement`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from fastvideo.compilation import plain
+from fastvideo.distributed.agreement import agree, agree_on_backward
 from fastvideo.distributed.collectives import all_gather, sum_gradient
 from fastvideo.distributed.mesh import SequenceGroup, current_sequence_group
 from fastvideo.forward_context import check_shard_lengths, restored, thread_state
@@ -94,7 +97,8 @@ def shard_sequence(
 ) -> torch.Tensor:
     """Return this rank's part of a tensor that every rank holds.
 
-    Its gradient is the whole one on every rank, under the convention that the global loss is the sum of local losses.
+    Its gradient is the whole one on every rank, under the convention that the global loss is the sum of local losses. Every
+    rank calls it, in the same place: only the backward pass exchanges anything, but a difference is told here.
 
     Args:
         x: The same on every rank.
@@ -104,6 +108,7 @@ def shard_sequence(
 
     Raises:
         ValueError: The lengths don't add up to that of `x`, or there are none and it doesn't divide by the number of ranks.
+        RanksDisagree: Another rank makes another call, or none within the timeout.
 
     Example:
         >>> torch.equal(shard_sequence(torch.arange(6), dim=0), torch.arange(6))
@@ -114,7 +119,10 @@ def shard_sequence(
     if group.size == 1:
         return x
     first = sum(lengths[: group.rank])
-    return sum_over_mesh(x, group).narrow(dim, first, lengths[group.rank]).contiguous()
+    fields = _agreed_on("shard_sequence", x, dim, lengths)
+    # Nothing is sent before the backward pass, so the check may follow the cut, and in compiled code copies a part only.
+    part = agree(sum_over_mesh(x, group).narrow(dim, first, lengths[group.rank]), group, **fields)
+    return _agreed_backward(part, group, fields).contiguous()
 
 
 def gather_sequence(
@@ -137,6 +145,7 @@ def gather_sequence(
 
     Raises:
         ValueError: The lengths don't fit this rank's shard.
+        RanksDisagree: Another rank makes another call, or none within the timeout.
 
     Example:
         >>> torch.equal(gather_sequence(torch.arange(6), dim=0), torch.arange(6))
@@ -144,7 +153,11 @@ def gather_sequence(
     """
     group = current_sequence_group(group)
     given = thread_state.shard_lengths if shard_lengths is None else shard_lengths
-    return gather_over_mesh(x, dim, resolve_lengths(x.shape[dim], group, given), group)
+    lengths = resolve_lengths(x.shape[dim], group, given)
+    if group.size == 1:
+        return x
+    fields = _agreed_on("gather_sequence", x, dim, lengths)
+    return _agreed_backward(gather_over_mesh(agree(x, group, **fields), dim, lengths, group), group, fields)
 
 
 def key_padding_shard(
@@ -194,6 +207,24 @@ def gather_over_mesh(x: torch.Tensor, dim: int, lengths: Sequence[int], group: S
 def rows_of_mesh(lengths: Sequence[int], ulysses: SequenceGroup) -> tuple[tuple[int, ...], ...]:
     """Return the shard lengths of each Ulysses group, in the order of the ring."""
     return tuple(tuple(lengths[first : first + ulysses.size]) for first in range(0, len(lengths), ulysses.size))
+
+
+def _agreed_on(operation: str, x: torch.Tensor, dim: int, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Return what ranks have to agree on before they exchange shards."""
+    dim = dim % x.dim()
+    has_grad = x.requires_grad and torch.is_grad_enabled()
+    return {
+        "pass": "forward" if has_grad else "inference",
+        "operation": operation,
+        "dim": dim,
+        "other_dims": (*x.shape[:dim], *x.shape[dim + 1 :]),
+        "lengths": lengths,
+        "dtype": x.dtype,
+    }
+
+
+def _agreed_backward(x: torch.Tensor, group: SequenceGroup, fields: dict[str, Any]) -> torch.Tensor:
+    return agree_on_backward((x,), group, **fields)[0] if fields["pass"] == "forward" else x
 
 
 def _parts(group: SequenceGroup) -> tuple[SequenceGroup, ...]:
