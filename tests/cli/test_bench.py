@@ -45,6 +45,16 @@ def test_whole_lines_of_other_tables(capsys) -> None:
     assert "VIDEO_SPARSE_ATTN[portable] 4x4x4" in text
 
 
+def test_a_picture_of_nothing_is_an_error(tmp_path, capsys) -> None:
+    picture = tmp_path / "rows.png"
+    # FlashAttention runs on no CPU, so that no row is ranked.
+    assert main(["bench", "tiny", *FAST, "--backends", "FLASH_ATTN", "--plot", str(picture)]) == 1
+    captured = capsys.readouterr()
+    assert "FLASH_ATTN: can't run" in captured.out
+    assert f"no row is ranked, so {picture} was not drawn" in captured.err
+    assert not picture.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -59,6 +69,11 @@ def test_whole_lines_of_other_tables(capsys) -> None:
         (["tiny", "--device", "mps"], "--device as cpu or cuda"),
         (["tiny", "--seed", str(2**63)], "--seed in"),
         (["tiny", "--json", "."], "the name of a file, got the folder ."),
+        (["tiny-fine", "tiny", "--tiles", "2x4x4"], "tiny-fine: a fine stage alone has a tile of its own"),
+        (["tiny", "--backends", "TORCH_SDPA", "--tiles", "2x4x4"], "--tiles is of VIDEO_SPARSE_ATTN, which is not among"),
+        (["tiny", "--backends", "torch_sdpa", "--impls", "all"], "--impls is of VIDEO_SPARSE_ATTN"),
+        (["tiny", "--backends", "SLIDING_TILE_ATTN", "--sparsities", "0.5"], "--sparsities is of VIDEO_SPARSE_ATTN"),
+        (["tiny", "--window", "1", "1", "1"], "--window is of SLIDING_TILE_ATTN, which is not among --backends TORCH_SDPA"),
         (["tiny", "--layouts", "ring", "--peers", "--round-ms", "5"], "--layouts, --peers, --round-ms: for --parallel alone"),
     ],
 )

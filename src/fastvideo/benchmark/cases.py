@@ -29,9 +29,10 @@ from fastvideo.block_sparse.selection import select_tiles
 from fastvideo.video import TileGrid
 from fastvideo.video.choose_tile import AUTO, resolve_tile
 
-__all__ = ["AUTOMATIC", "Case", "make_cases", "parse_tile"]
+__all__ = ["AUTOMATIC", "DEFAULT_TILE", "STA", "VSA", "Case", "make_cases", "parse_tile"]
 
 AUTOMATIC = "auto"
+DEFAULT_TILE = "4x4x4"
 VSA, STA = "VIDEO_SPARSE_ATTN", "SLIDING_TILE_ATTN"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastvideo.attention.registry import registered_backends
-from fastvideo.benchmark.cases import AUTOMATIC, make_cases
+from fastvideo.attention.registry import backend_name, registered_backends
+from fastvideo.benchmark.cases import AUTOMATIC, DEFAULT_TILE, STA, VSA, make_cases
 from fastvideo.benchmark.inputs import KINDS, make_inputs
 from fastvideo.benchmark.measure import describe_run
 from fastvideo.benchmark.report import format_rows, plot_results
@@ -31,16 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--impls",
         nargs="+",
-        default=[AUTOMATIC],
         metavar="NAME",
-        help=f"implementations of block-sparse attention: {AUTOMATIC}, all, {', '.join(IMPLEMENTATIONS)}",
+        help=f"implementations of {VSA}: {AUTOMATIC} (by default), all, {', '.join(IMPLEMENTATIONS)}",
     )
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--sparsities", nargs="+", type=float, metavar="S", help="in [0, 1); by default the shape's own")
+    parser.add_argument("--sparsities", nargs="+", type=float, metavar="S", help=f"of {VSA}, in [0, 1); else the shape's own")
     parser.add_argument(
-        "--tiles", nargs="+", default=["4x4x4"], metavar="TxYxX", help="or auto, of at most 64 tokens, or auto128"
+        "--tiles",
+        nargs="+",
+        metavar="TxYxX",
+        help=f"of {VSA}: {DEFAULT_TILE} (by default), auto, of at most 64 tokens, or auto128; a fine stage alone has its own",
     )
-    parser.add_argument("--window", nargs=3, type=int, default=[3, 3, 3], metavar=("T", "Y", "X"), help="of SLIDING_TILE_ATTN")
+    parser.add_argument("--window", nargs=3, type=int, metavar=("T", "Y", "X"), help=f"of {STA}, in tiles; by default 3 3 3")
     parser.add_argument("--inputs", nargs="+", choices=KINDS, default=["random"])
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print tables and write files; return 0, or 1 if a row is over budget."""
+    """Measure, print tables and write files; return 0, or 1 if a row is over budget or there is nothing to draw."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check(args, device)
     if args.parallel:
@@ -68,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
             results.append((name, kind, rows))
             # What was measured stays if a later shape fails.
             _write(args, about, results)
+    if args.plot is not None and not _has_ranked_rows(results):
+        print(f"fastvideo bench: no row is ranked, so {args.plot} was not drawn", file=sys.stderr)
+        return 1
     return 1 if any(row.over_budget for _, _, rows in results for row in rows) else 0
 
 
@@ -93,15 +98,35 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
             raise ValueError(f"expected --sparsities in [0, 1), got {sparsity}")
     if args.plot is not None and args.plot.suffix != ".png":
         raise ValueError(f"expected --plot to end in .png, got {args.plot}")
-    if "all" in args.impls:
+    if "all" in (args.impls or ()):
         args.impls = [name for name in IMPLEMENTATIONS if name != "reference"]
     if "all" in args.backends:
         args.backends = list(registered_backends())
+    _check_used(args)
     for path in (args.json, args.plot):
         if path is not None and path.is_dir():
             raise ValueError(f"expected the name of a file, got the folder {path}")
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_used(args: argparse.Namespace) -> None:
+    """Refuse options that no case would read.
+
+    Raises:
+        ValueError: An option of a backend that isn't measured, or a tile for a fine stage.
+    """
+    backends = {backend_name(name) for name in args.backends}
+    # Several devices refuse options that are for one, whatever the backend.
+    options = (
+        {"tiles": VSA, "sparsities": VSA} if args.parallel else {"tiles": VSA, "sparsities": VSA, "impls": VSA, "window": STA}
+    )
+    for option, backend in options.items():
+        if getattr(args, option) is not None and backend not in backends:
+            raise ValueError(f"--{option} is of {backend}, which is not among --backends {' '.join(args.backends)}")
+    fine = [name for name in args.shapes if shape_named(name).fine_tile_tyx is not None]
+    if args.tiles is not None and fine:
+        raise ValueError(f"{', '.join(fine)}: a fine stage alone has a tile of its own; leave out --tiles or name whole layers")
 
 
 def _measure(name: str, kind: str, args: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -112,10 +137,10 @@ def _measure(name: str, kind: str, args: argparse.Namespace, device: torch.devic
         inputs,
         kind,
         backends=args.backends,
-        impls=args.impls,
+        impls=args.impls or [AUTOMATIC],
         sparsities=args.sparsities or [shape.sparsity],
-        tiles=args.tiles,
-        window_tyx=tuple(args.window),
+        tiles=args.tiles or [DEFAULT_TILE],
+        window_tyx=tuple(args.window or (3, 3, 3)),
     )
 
     def tell(text: str) -> None:
@@ -132,5 +157,9 @@ def _write(args: argparse.Namespace, about: dict[str, str], results: list[tuple[
         ]
         data = {"about": about, "dtype": args.dtype, "rounds": args.rounds, "results": tables}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
-    if args.plot is not None and any(row.is_ranked for _, _, rows in results for row in rows):
+    if args.plot is not None and _has_ranked_rows(results):
         plot_results([(f"{name}, {kind} inputs", rows) for name, kind, rows in results], args.plot)
+
+
+def _has_ranked_rows(results: list[tuple[str, str, list[Row]]]) -> bool:
+    return any(row.is_ranked for _, _, rows in results for row in rows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastvideo.benchmark.cases import AUTOMATIC
+from fastvideo.benchmark.cases import DEFAULT_TILE
 from fastvideo.benchmark.measure import describe_run
 from fastvideo.benchmark.parallel_cases import make_parallel_cases
 from fastvideo.benchmark.parallel_peers import make_peer_cases
@@ -85,9 +85,9 @@ def _check(args: argparse.Namespace) -> list[int | None]:
         raise ValueError("--plot draws time against sparsity on one device, and --parallel measures no such thing")
     if args.sparsities is not None and len(args.sparsities) > 1:
         raise ValueError(f"expected one of --sparsities with --parallel, got {args.sparsities}")
-    if len(args.tiles) > 1 or args.inputs != ["random"]:
+    if (args.tiles is not None and len(args.tiles) > 1) or args.inputs != ["random"]:
         raise ValueError(f"expected one of --tiles and random --inputs with --parallel, got {args.tiles} and {args.inputs}")
-    if args.impls != [AUTOMATIC] or args.window != [3, 3, 3]:
+    if args.impls is not None or args.window is not None:
         raise ValueError("--impls and --window are for one device; leave them out with --parallel")
     if not args.round_ms > 0:
         raise ValueError(f"expected --round-ms above 0, got {args.round_ms}")
@@ -131,7 +131,7 @@ def _measure(
         getattr(torch, args.dtype),
         ranks.device,
         sparsity=args.sparsities[0] if args.sparsities else None,
-        tile=args.tiles[0],
+        tile=args.tiles[0] if args.tiles else DEFAULT_TILE,
         seed=args.seed,
     )
     cases = make_parallel_cases(
