@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import subprocess
 import sys
+import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from torch import nn
 
 from fastvideo.distributed.parity import ParityError, check_parallel_parity
 from fastvideo.distributed.parity_compare import Place, find_divergences, fingerprint, in_order, measure, place_of
-from fastvideo.distributed.parity_record import Label, Rounding
+from fastvideo.distributed.parity_record import Label, Rounding, flatten, replace_tensors
 
 SCRIPT = Path(__file__).with_name("parity_cases.py")
 
@@ -82,8 +85,85 @@ def test_one_rank_without_a_process_group() -> None:
         report.raise_if_failed()
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a layer returns. Frozen, so that nothing but a copy can have other tensors."""
+
+    sample: torch.Tensor
+    rest: object = None
+
+
+class Returns(nn.Module):
+    """Returns its input as `made_of` packs it, another one from the second call on if `drifts`."""
+
+    def __init__(self, made_of, *, drifts: bool = False) -> None:
+        super().__init__()
+        self.made_of, self.drifts, self.calls = made_of, drifts, 0
+
+    def forward(self, x: torch.Tensor):
+        self.calls += 1
+        return self.made_of(1.5 * x if self.drifts and self.calls == 2 else x)
+
+
+def test_outputs_of_dataclasses_are_compared() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    report = check_parallel_parity(Returns(lambda x: Output(2 * x, [Output(3 * x)])), [x])
+    assert (report.passed, report.num_compared) == (True, 5), "two outputs, their gradients and the input's"
+    report = check_parallel_parity(Returns(lambda x: Output(2 * x, [Output(3 * x)]), drifts=True), [x])
+    assert str(report.first.label) == "the module: output.sample"
+    assert [str(found.label) for found in report.divergences][1] == "the module: output.rest[0].sample"
+
+
+@pytest.mark.parametrize(
+    "made_of",
+    [lambda x: x.long(), lambda x: torch.complex(x, x), lambda x: x > 0, lambda _: None, lambda x: types.SimpleNamespace(a=x)],
+    ids=["integers", "complex", "bool", "none", "object"],
+)
+def test_where_nothing_is_compared_nothing_passes(made_of) -> None:
+    with pytest.raises(ValueError, match="there was nothing to compare: expected some submodule"):
+        check_parallel_parity(Returns(made_of), [torch.ones(2)], backward=False)
+    with pytest.raises(ValueError, match="there was nothing to compare"):
+        check_parallel_parity(nn.Linear(2, 2), [torch.ones(2, 2)], backward=False, only=lambda name: name == "another")
+
+
+def test_tensors_are_replaced_in_whatever_holds_them() -> None:
+    x, steps = torch.ones(2), torch.arange(3)
+    named = collections.namedtuple("named", "a b")
+    default = collections.defaultdict(list, a=x, b=steps)
+    for value in (
+        default,
+        collections.OrderedDict(a=x, b=steps),
+        types.MappingProxyType({"a": x, "b": steps}),
+        {"a": (x, [x]), "b": named(x, steps)},
+        Output(x, [Output(x, steps)]),
+    ):
+        changed = replace_tensors(value, lambda tensor: 2 * tensor)
+        assert type(changed) is type(value)
+        tensors = dict(flatten(changed))
+        assert list(tensors) == list(dict(flatten(value)))
+        assert tensors
+        assert all(tensor.tolist() == [2, 2] for tensor in tensors.values())
+        assert all(tensor.tolist() == [1, 1] for _, tensor in flatten(value)), "the value itself is left alone"
+    assert replace_tensors(default, lambda tensor: tensor)["new"] == [], "its factory is kept"
+    report = check_parallel_parity(Returns(lambda x: collections.defaultdict(list, a=2 * x)), [x])
+    assert (report.passed, report.num_compared) == (True, 3)
+
+
+def test_outputs_of_diffusers_are_rebuilt() -> None:
+    outputs = pytest.importorskip("diffusers.models.modeling_outputs", reason="diffusers is not installed")
+    changed = replace_tensors(outputs.Transformer2DModelOutput(sample=torch.ones(2)), lambda tensor: 2 * tensor)
+    assert type(changed) is outputs.Transformer2DModelOutput
+    assert (changed.sample.tolist(), changed["sample"].tolist()) == ([2, 2], [2, 2])
+
+
 def test_nonsense() -> None:
     module, x = nn.Linear(3, 3), torch.ones(4, 3)
+    for dim in (7, 2, -3, 0.0, True):
+        with pytest.raises(ValueError, match=rf"expected shard to name one of the 2 dims of input 'input', got {dim}"):
+            check_parallel_parity(module, {"input": x}, shard={"input": dim})
+    with pytest.raises(ValueError, match="expected shard to name one of the 0 dims of input 1, got 0"):
+        check_parallel_parity(module, [x, torch.tensor(1.0)], shard={1: 0})
+    assert check_parallel_parity(module, {"input": x}, shard={"input": -2}).passed
     with pytest.raises(ValueError, match=r"expected shard to name inputs that are tensors, got 'y'; there are \['input'\]"):
         check_parallel_parity(module, {"input": x}, shard={"y": 0})
     with pytest.raises(ValueError, match=r"add up to 4, got \(3,\)"):

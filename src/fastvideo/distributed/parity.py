@@ -121,7 +121,8 @@ def check_parallel_parity(
         The report, the same on every rank.
 
     Raises:
-        ValueError: `shard` names an input that isn't there or no tensor, or the lengths don't fit.
+        ValueError: `shard` names an input that isn't there or no tensor, or a dim that it lacks, or the lengths don't fit; or
+            there was nothing to compare, because no wanted submodule returns floating point tensors.
 
     Example:
         >>> str(check_parallel_parity(nn.Linear(3, 2), [torch.ones(4, 3)]))
@@ -144,6 +145,12 @@ def check_parallel_parity(
         alone = runner.run(whole, LOCAL, survey.output_shapes, places=places)
         noisy = runner.run(whole, LOCAL, survey.output_shapes, places=places, rounding=Rounding(_ROUNDING_SEED))
     rows = _rows(shared, alone, noisy, places, _partial_gradients(tables), group)
+    if not any(gather_objects(len(rows), group)):
+        raise ValueError(
+            "there was nothing to compare: expected some submodule, of those that only= asks for, to return floating point "
+            "tensors, alone or in tuples, lists, mappings or dataclasses; integers, complex numbers and other objects aren't "
+            "compared, so let the module return real tensors (torch.view_as_real)"
+        )
     found = find_divergences(gather_objects(rows, group), group.ranks, factor, floor_ulps)
     return ParityReport(group.size, len(rows), found)
 
@@ -216,6 +223,8 @@ def _cuts(
         x = whole.get(name)
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"expected shard to name inputs that are tensors, got {name!r}; there are {list(whole)}")
+        if not isinstance(dim, int) or isinstance(dim, bool) or not -x.dim() <= dim < x.dim():
+            raise ValueError(f"expected shard to name one of the {x.dim()} dims of input {name!r}, got {dim!r}")
         dim = dim % x.dim()
         parts = split_lengths(x.shape[dim], group.size) if lengths is None else tuple(lengths)
         if len(parts) != group.size or sum(parts) != x.shape[dim]:

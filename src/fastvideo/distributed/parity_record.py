@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +36,7 @@ class Label(NamedTuple):
 
 
 def flatten(value: Any, path: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the floating point tensors in a value of tuples, lists and mappings, each with its path.
+    """Yield the floating point tensors in a value of tuples, lists, mappings and dataclasses, each with its path.
 
     Example:
         >>> [path for path, _ in flatten((torch.zeros(1), {"a": torch.zeros(1)}))]
@@ -46,6 +48,9 @@ def flatten(value: Any, path: str = "output") -> Iterator[tuple[str, torch.Tenso
     elif isinstance(value, Mapping):
         for key, part in value.items():
             yield from flatten(part, f"{path}[{key!r}]")
+    elif _is_dataclass(value):
+        for name, part in _fields_of(value).items():
+            yield from flatten(part, f"{path}.{name}")
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for index, part in enumerate(value):
             yield from flatten(part, f"{path}[{index}]")
@@ -56,12 +61,36 @@ def replace_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) 
     if isinstance(value, torch.Tensor):
         return change(value) if value.is_floating_point() else value
     if isinstance(value, Mapping):
-        return type(value)({key: replace_tensors(part, change) for key, part in value.items()})  # type: ignore[call-arg]
+        return _with_items(value, {key: replace_tensors(part, change) for key, part in value.items()})
+    if _is_dataclass(value):
+        changed = copy.copy(value)
+        for name, part in _fields_of(value).items():
+            object.__setattr__(changed, name, replace_tensors(part, change))  # also of a frozen one
+        return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(replace_tensors(part, change) for part in value))
     if isinstance(value, tuple | list):
         return type(value)(replace_tensors(part, change) for part in value)
     return value
+
+
+def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """Return a mapping like `value` with other items under its keys."""
+    if _is_dataclass(value):  # items are fields too, as in the outputs of diffusers and transformers
+        return type(value)(**items)
+    if not isinstance(value, dict):
+        return type(value)(items)  # type: ignore[call-arg]
+    changed = copy.copy(value)  # a defaultdict is made of more than its items
+    changed.update(items)
+    return changed
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if hasattr(value, field.name)}
 
 
 class Rounding:
