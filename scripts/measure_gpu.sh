@@ -2,12 +2,12 @@
 # Test on a CUDA device, then measure: everything that docs/kernels.md and the README show of GPUs.
 #
 #   scripts/measure_gpu.sh [FOLDER]            all of it, results in FOLDER (benchmarks/results)
-#   PARTS="test layers" scripts/measure_gpu.sh    only some parts: test, layers, stages, fine, sweep, million
+#   PARTS="test layers" scripts/measure_gpu.sh    only some parts: test, layers, stages, fine, sweep, million, small
 #
 # Each shape is a process of its own with a time limit, so that one failure costs nothing but its own rows.
 set -u
 folder=${1:-benchmarks/results}
-parts=${PARTS:-test layers stages fine sweep million}
+parts=${PARTS:-test layers stages fine sweep million small}
 python=${PYTHON:-python}
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$folder"
@@ -29,8 +29,11 @@ bench() { # NAME SECONDS ARGUMENT...
 for part in $parts; do
     case $part in
         test)
-            timeout -s KILL 400 "$python" -m pytest -q tests/gpu/test_video_sparse.py tests/gpu/test_block_sparse_triton.py \
-                tests/block_sparse/test_traps.py 2>&1 | tail -n 25 || status=1
+            at_once=()
+            "$python" -c 'import xdist' 2> /dev/null && at_once=(-n 8)
+            timeout -s KILL 500 "$python" -m pytest -q "${at_once[@]}" --durations 8 tests/gpu tests/block_sparse/test_traps.py 2>&1 |
+                tee "$folder/gpu-tests.txt" | tail -n 40
+            [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
             ;;
         layers)
             bench wan2.1-1.3b-480p 150 wan2.1-1.3b-480p --impls hopper triton cudnn --inputs random video-like skewed
@@ -56,8 +59,15 @@ for part in $parts; do
         million)
             bench million-tokens 300 million-tokens --backends VIDEO_SPARSE_ATTN --impls hopper triton --rounds 1
             ;;
+        small)
+            bench sprites 60 sprites --impls hopper triton --inputs random video-like
+            # Named for CPUs and for tests of the benchmark; here they show what a launch costs.
+            for shape in cpu-4k cpu-16k tiny tiny-fine; do
+                bench "$shape" 60 "$shape" --rounds 1
+            done
+            ;;
         *)
-            echo "unknown part $part; there are test, layers, stages, fine, sweep and million"
+            echo "unknown part $part; there are test, layers, stages, fine, sweep, million and small"
             status=2
             ;;
     esac
