@@ -8,6 +8,7 @@ The layer has checked the call; here the tensors travel. Each layout is made of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,33 +182,14 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
     rows, kv_rows = rows_of_mesh(call.lengths, ulysses), rows_of_mesh(call.kv_lengths, ulysses)
     heads = (call.query.shape[2], call.key.shape[2], ulysses.size)
     groups = [share_heads(*heads, number, call.head_groups) for number in range(call.head_groups)]
-    counts = group_lengths(heads[1] // ulysses.size, call.head_groups)
-    readers = heads[0] // heads[1]
     shared = replace(call, lengths=tuple(map(sum, rows)), kv_lengths=tuple(map(sum, kv_rows)), head_groups=1)
     if call.mask is not None and call.mask.dim() == 4:
         shared = replace(shared, mask=exchange_mask(call.mask, share_heads(*heads), rows[row], call.num_rows, ulysses))
-    inputs = [(call.query, rows[row]), (call.key, kv_rows[row]), (call.value, kv_rows[row])]
-    inputs += [] if call.gate is None else [(call.gate, rows[row])]
-    readers_of = (readers, 1, 1, readers)
-    cut = [
-        cut_heads(call.packed(x), ulysses.size, [count * together for count in counts])
-        for (x, _), together in zip(inputs, readers_of, strict=False)
-    ]
-
-    def launch(number: int) -> list[Launched]:
-        shares, pieces = groups[number], [of_input[number] for of_input in cut]
-        owners = (shares.query, shares.key, shares.key, shares.query)
-        routes = [
-            head_route(piece.shape, own, lengths, ulysses.rank)
-            for piece, own, (_, lengths) in zip(pieces, owners, inputs, strict=False)
-        ]
-        return launch_exchanges(pieces, routes, ulysses, is_hidden=number > 0)
-
+    launch = _launcher(call, groups, rows[row], kv_rows[row], ulysses)
     # One group ahead of the one that is awaited, so that packing it fills the time.
     arriving = [launch(number) for number in range(min(2, len(groups)))]
     leaving, rests = [], []
     room: Tensor | None = None
-    position = 0
     for number, shares in enumerate(groups):
         query, key, value, *gate = [call.unpacked(finish_exchange(launched, ulysses)) for launched in arriving.pop(0)]
         if 0 < number < len(groups) - 1:
@@ -222,8 +204,8 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
             # Groups differ in heads alone, so each goes to its place in the whole, and nothing is left to join.
             if room is None:
                 room = output.new_empty(*route.shape[:3], heads[0] // ulysses.size, output.shape[-1])
-            into = room[:, :, :, position : position + output.shape[2]]
-            position += output.shape[2]
+            first = shares.query[0][0]
+            into = room[:, :, :, first : first + output.shape[2]]
         leaving.append(launch_exchange(output, route, ulysses, into=into, is_hidden=number + 1 < len(groups)))
         if rest is not None:
             route = gather_route(rest.shape, 2, [stop - start for start, stop in shares.query])
@@ -231,6 +213,30 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
     pieces = [finish_exchange(launched, ulysses) for launched in leaving]
     output = call.unpacked(join_heads(pieces, ulysses.size) if room is None else room.flatten(2, 3))
     return output, join_heads([finish_exchange(launched, ulysses) for launched in rests], ulysses.size) if rests else None
+
+
+def _launcher(
+    call: SharedCall, groups: list[HeadShares], lengths: Sequence[int], kv_lengths: Sequence[int], ulysses: SequenceGroup
+) -> Callable[[int], list[Launched]]:
+    """Return what sends the inputs of a group of heads on their way: query, key, value and, if there is one, the gate."""
+    inputs = [(call.query, lengths), (call.key, kv_lengths), (call.value, kv_lengths)]
+    inputs += [] if call.gate is None else [(call.gate, lengths)]
+    key_heads = group_lengths(call.key.shape[2] // ulysses.size, len(groups))
+    cut = []
+    for x, _ in inputs:
+        readers = x.shape[2] // call.key.shape[2]
+        cut.append(cut_heads(call.packed(x), ulysses.size, [readers * count for count in key_heads]))
+
+    def launch(number: int) -> list[Launched]:
+        shares, pieces = groups[number], [of_input[number] for of_input in cut]
+        owners = (shares.query, shares.key, shares.key, shares.query)
+        routes = [
+            head_route(piece.shape, own, shards, ulysses.rank)
+            for piece, own, (_, shards) in zip(pieces, owners, inputs, strict=False)
+        ]
+        return launch_exchanges(pieces, routes, ulysses, is_hidden=number > 0)
+
+    return launch
 
 
 def _with_heads(
