@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, fields
+from typing import Any
 
 TOKENS = 21
 CROSS_KEYS = 13
@@ -60,18 +61,25 @@ def is_legal(values: dict) -> bool:
     return values["grad"] == "reduced" or bool(values["replicated"])
 
 
-def draw_pairwise(seed: int, num_tries: int = 40) -> list[Case]:
-    """Return cases in which every legal pair of values of two fields occurs, and every one of `WITH_CAUSAL`, drawn greedily."""
+def draw_pairwise(
+    seed: int,
+    made: type[Any] = Case,
+    of: dict[str, tuple] = VALUES,
+    is_legal=is_legal,
+    triples=WITH_CAUSAL,
+    num_tries: int = 40,
+) -> list[Any]:
+    """Return cases in which every legal pair of values of two fields occurs, and all of `triples`, drawn greedily."""
     source = random.Random(seed)
-    names = list(VALUES)
-    together = [*itertools.combinations(names, 2), *WITH_CAUSAL]
+    names = list(of)
+    together = [*itertools.combinations(names, 2), *triples]
 
     def pairs(values: dict) -> set:
         return {tuple((name, values[name]) for name in combined) for combined in together}
 
     def draw(fixed: dict) -> dict | None:
         for _ in range(200):
-            values = {name: fixed.get(name, source.choice(VALUES[name])) for name in names}
+            values = {name: fixed.get(name, source.choice(of[name])) for name in names}
             if is_legal(values):
                 return values
         return None
@@ -79,7 +87,7 @@ def draw_pairwise(seed: int, num_tries: int = 40) -> list[Case]:
     missing = {
         tuple(zip(combined, values, strict=True))
         for combined in together
-        for values in itertools.product(*(VALUES[name] for name in combined))
+        for values in itertools.product(*(of[name] for name in combined))
     }
     cases = []
     while missing:
@@ -91,7 +99,7 @@ def draw_pairwise(seed: int, num_tries: int = 40) -> list[Case]:
             continue
         best = max(legal, key=lambda values: len(pairs(values) & missing))
         missing -= pairs(best)
-        cases.append(Case(**best))
+        cases.append(made(**best))
     return cases
 
 

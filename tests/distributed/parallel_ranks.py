@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parent))
 
 import named_cases
+import sparse_cases
 from parallel_cases import Case, draw_pairwise, shard_lengths
 
 from fastvideo.attention import DistributedAttention
@@ -245,6 +246,9 @@ def main(rank: str, size: str, folder: str, device: str = "cpu", only: str = "")
     for case in draw_pairwise(seed=int(size)):
         if only in str(case):
             run(str(case), lambda case=case: Problem(case, int(size), device).check(group_of(case, mesh)), report, path)
+    for case in sparse_cases.draw_sparse(seed=int(size)):
+        if only in str(case):
+            run(str(case), lambda case=case: sparse_cases.check(case, mesh, device), report, path)
     for name, function in named_cases.cases(mesh, device).items():
         if only in name:
             run(name, function, report, path)
