@@ -85,6 +85,7 @@ def test_listed_before_the_portable_one() -> None:
 TYPES = {
     **dict.fromkeys(("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue"), "*bf16"),
     **dict.fromkeys(("indices", "counts", "q_offsets", "k_offsets", "q_order", "k_order", "list_offsets", "lists"), "*i32"),
+    "tile_order": "*i32",
     **dict.fromkeys(("lse", "dlse", "lse_log2", "delta"), "*fp32"),
     **dict.fromkeys(("scale", "scale_log2"), "fp32"),
     "offsets": "*i32",

@@ -155,6 +155,42 @@ def test_inverted_lists_are_those_of_the_pattern(num_queries: int, num_keys: int
         assert torch.equal(*lists)
 
 
+def test_key_tiles_of_the_longest_lists_come_first() -> None:
+    lengths = torch.tensor([[[1, 3, 0, 3], [0, 1, 4, 1], [5, 0, 0, 5], [2, 2, 2, 2]]])
+    offsets = torch.cat([torch.zeros(1, 4, 1, dtype=torch.int64), lengths.cumsum(-1)], dim=-1).to(torch.int32)
+    assert launch.heavy_first(offsets, 4).tolist() == [[[1, 3, 0, 2], [2, 1, 3, 0], [0, 3, 1, 2], [0, 1, 2, 3]]]
+    # Sums over the two query heads of a key head: 1, 4, 4, 4 and 7, 2, 2, 7.
+    assert launch.heavy_first(offsets, 2).tolist() == [[[1, 2, 3, 0], [0, 3, 1, 2]]]
+    assert launch.heavy_first(offsets[:, :1], 2).tolist() == [[[1, 3, 0, 2]]]
+
+
+@pytest.mark.parametrize("shape", ["ragged", "pieces"])
+def test_every_order_of_key_tiles_gives_the_same_bits(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, pattern, orders = make_inputs(shape, torch.float32), make_pattern(shape), []
+
+    def gradients():
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        return torch.autograd.grad(attend(*leaves, pattern=pattern)[0].square().sum(), leaves)
+
+    def light_first(offsets, kv_heads):
+        orders.append(original(offsets, kv_heads))
+        return orders[-1].flip(-1)
+
+    expected, original = gradients(), launch.heavy_first
+    monkeypatch.setattr(launch, "heavy_first", light_first)
+    for one, other in zip(gradients(), expected, strict=True):
+        assert torch.equal(one, other)
+    assert len(orders) == 1
+    # The kernel goes by the order: where it names one tile alone, the others' gradients are never written.
+    tile = pattern.key_tiles.tile_of_token()
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    monkeypatch.setattr(launch, "heavy_first", lambda *given: torch.full_like(original(*given), 1))
+    dvalue = gradients()[2]
+    assert torch.equal(dvalue[:, tile == 1], expected[2][:, tile == 1])
+    assert not dvalue[:, tile != 1].any()
+    assert expected[2][:, tile != 1].any()
+
+
 def test_chosen_automatically() -> None:
     inputs = make_inputs("uniform", torch.float32)
     assert choose_implementation(*inputs.values(), make_pattern("uniform"))[0] == "triton"

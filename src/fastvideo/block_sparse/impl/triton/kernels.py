@@ -340,7 +340,12 @@ def block_sparse_bwd_dq_kernel(
     _store_block(dquery, o_row, HEAD_SIZE, m_q, b_dq * scale, HEAD_SIZE, D)
 
 
-@triton.jit(do_not_specialize=["NUM_K_TILES", "NUM_QUERIES", "NUM_KEYS", "KV_HEADS", "s_ob", "s_oh", "s_ib", "s_ih"])
+@triton.jit(
+    do_not_specialize=[
+        *("NUM_K_TILES", "NUM_QUERIES", "NUM_KEYS", "KV_HEADS"),
+        *("s_ob", "s_oh", "s_ib", "s_ih", "s_tb", "s_th"),
+    ]
+)
 def block_sparse_bwd_dkdv_kernel(
     query,
     key,
@@ -353,6 +358,7 @@ def block_sparse_bwd_dkdv_kernel(
     dvalue,
     list_offsets,
     lists,
+    tile_order,
     q_offsets,
     k_offsets,
     q_order,
@@ -375,6 +381,8 @@ def block_sparse_bwd_dkdv_kernel(
     s_oh,
     s_ib,
     s_ih,
+    s_tb,
+    s_th,
     NUM_K_TILES,
     NUM_QUERIES,
     NUM_KEYS,
@@ -395,13 +403,14 @@ def block_sparse_bwd_dkdv_kernel(
     """Gradients of keys and values, `[B, S_k, Hkv, D]` contiguous, one block of key rows a program.
 
     `lists` holds the query tiles that see each key tile, in compressed rows; the query heads of a group follow one
-    another. Scores are held transposed, `[N, M]`. `correction` is what the kernel for the queries wrote, if it did.
+    another. `tile_order` says which key tile is worked on when. Scores are held transposed, `[N, M]`. `correction` is
+    what the kernel for the queries wrote, if it did.
     """
     K_PIECES: tl.constexpr = (K_TILE + N - 1) // N
     num_blocks = NUM_K_TILES * K_PIECES
     i_block, i_bh = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
     i_b, i_h = (i_bh // KV_HEADS).to(tl.int64), (i_bh % KV_HEADS).to(tl.int64)
-    i_tile = i_block // K_PIECES
+    i_tile = tl.load(tile_order + i_b * s_tb + i_h * s_th + i_block // K_PIECES)
 
     o_packed, m_k = _own_rows(i_tile, i_block % K_PIECES, k_offsets, K_TILE, K_UNIFORM, N)
     o_token = _tokens(k_order, o_packed, m_k)

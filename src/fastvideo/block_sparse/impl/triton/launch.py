@@ -252,6 +252,24 @@ def inverted_lists(pattern: BlockPattern) -> InvertedLists:
     return InvertedLists(offsets, lists)
 
 
+def heavy_first(offsets: Tensor, kv_heads: int) -> Tensor:
+    """Key tiles of each key head, those that the most query tiles list first, equal ones ascending; no host waits.
+
+    A program that starts last with the longest list keeps the others waiting.
+
+    Args:
+        offsets: Of inverted lists, `[B|1, H|1, Nk + 1]` int32.
+        kv_heads: Key heads, of which each serves `H // kv_heads` of the lists.
+
+    Returns:
+        `[B|1, kv_heads|1, Nk]` int32.
+    """
+    lengths = offsets.diff(dim=-1)
+    if lengths.shape[1] > kv_heads:
+        lengths = lengths.view(lengths.shape[0], kv_heads, -1, lengths.shape[2]).sum(2)
+    return lengths.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
 def _launch_dkdv(shared: dict[str, Any], dk: Tensor, dv: Tensor, pattern: BlockPattern) -> None:
     """Write the gradients of keys and values."""
     query_tiles, key_tiles = pattern.query_tiles, pattern.key_tiles
@@ -261,6 +279,8 @@ def _launch_dkdv(shared: dict[str, Any], dk: Tensor, dv: Tensor, pattern: BlockP
     inverted = inverted_lists(pattern)
     s_ob, s_oh = _list_strides(inverted.offsets)
     s_ib, s_ih = _list_strides(inverted.query_tiles)
+    tile_order = heavy_first(inverted.offsets, kv_heads)
+    s_tb, s_th = _list_strides(tile_order)
     num_blocks = key_tiles.num_tiles * -(-key_tiles.max_size // blocks.n)
     kernels.block_sparse_bwd_dkdv_kernel[(num_blocks * batch * kv_heads,)](
         **shared,
@@ -268,6 +288,7 @@ def _launch_dkdv(shared: dict[str, Any], dk: Tensor, dv: Tensor, pattern: BlockP
         dvalue=dv,
         list_offsets=inverted.offsets,
         lists=inverted.query_tiles,
+        tile_order=tile_order,
         q_offsets=query_tiles.offsets,
         k_offsets=key_tiles.offsets,
         q_order=query_tiles.order,
@@ -276,6 +297,8 @@ def _launch_dkdv(shared: dict[str, Any], dk: Tensor, dv: Tensor, pattern: BlockP
         s_oh=s_oh,
         s_ib=s_ib,
         s_ih=s_ih,
+        s_tb=s_tb,
+        s_th=s_th,
         NUM_K_TILES=key_tiles.num_tiles,
         NUM_QUERIES=query_tiles.num_tokens,
         NUM_KEYS=num_keys,
