@@ -5,17 +5,15 @@ The interpreter has to be switched on before the kernels are defined: `TRITON_IN
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse import BlockPattern, TileLayout
 from fastvideo.block_sparse.impl import choose_implementation
 from fastvideo.block_sparse.impl.triton import launch
-from fastvideo.testing import assert_op_within_budget, reference_attention
 
-# Query tile sizes, key tile sizes, batch, query heads, key heads, head size.
+from .engine_cases import EngineCases
+
 SHAPES = {
     "one_token": ([1], [1], 1, 1, 1, 1),
     "uniform": ([16] * 4, [16] * 5, 1, 2, 2, 16),
@@ -30,43 +28,8 @@ SHAPES = {
 DTYPES = (torch.float32, torch.float16)
 
 
-def make_pattern(shape: str, *, ordered: bool = True, shared: bool = False) -> BlockPattern:
-    """Random lists; the first query tile sees nothing where there are several, and every token has moved."""
-    query_sizes, key_sizes, batch, heads, *_ = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-    layouts = [
-        TileLayout.from_sizes(sizes, order=torch.randperm(sum(sizes), generator=generator) if ordered else None)
-        for sizes in (query_sizes, key_sizes)
-    ]
-    mask = torch.rand(1 if shared else batch, 1 if shared else heads, len(query_sizes), len(key_sizes), generator=generator)
-    mask = mask < 0.6
-    mask[:, :, 0] = len(query_sizes) == 1
-    mask[:, :, -1, -1] = True
-    return BlockPattern.from_mask(mask, *layouts)
-
-
-def make_inputs(shape: str, dtype: torch.dtype, size: float = 3.0) -> dict[str, torch.Tensor]:
-    query_sizes, key_sizes, batch, heads, kv_heads, head_size = SHAPES[shape]
-    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    inputs = {
-        "query": size * randn(batch, sum(query_sizes), heads, head_size),
-        "key": size * randn(batch, sum(key_sizes), kv_heads, head_size),
-        "value": randn(batch, sum(key_sizes), kv_heads, head_size),
-    }
-    return {name: x.to(dtype) for name, x in inputs.items()}
-
-
-def attend(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
-    return block_sparse_attention(query, key, value, pattern, scale=scale, return_lse=True, impl="triton")
-
-
-def reference(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
-    return reference_attention(query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True)
-
-
-def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
-    bound = {"pattern": pattern, "scale": scale}
-    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs)
+CASES = EngineCases("triton", "cpu", SHAPES, density=0.6)
+make_pattern, make_inputs, check = CASES.make_pattern, CASES.make_inputs, CASES.check
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,15 +87,10 @@ def test_nothing_but_listed_tokens_is_read(ordered: bool) -> None:
         if name != "query":
             poisoned[name][:, hidden] = torch.nan
             x[:, hidden] = 0.0
-    results = []
-    for tensors in (poisoned, inputs):
-        leaves = [x.detach().requires_grad_() for x in tensors.values()]
-        out, lse = attend(*leaves, pattern=pattern)
-        lse = lse[lse.isfinite()]
-        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)))
-    for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
-    assert not results[0][3][:, hidden].any()
+    got, expected = CASES.gradients(poisoned, pattern), CASES.gradients(inputs, pattern)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not got[3][:, hidden].any()
     check(inputs, pattern)
 
 
@@ -168,27 +126,23 @@ def test_key_tiles_of_the_longest_lists_come_first() -> None:
 def test_every_order_of_key_tiles_gives_the_same_bits(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, pattern, orders = make_inputs(shape, torch.float32), make_pattern(shape), []
 
-    def gradients():
-        leaves = [x.detach().requires_grad_() for x in inputs.values()]
-        return torch.autograd.grad(attend(*leaves, pattern=pattern)[0].square().sum(), leaves)
-
     def light_first(offsets, kv_heads):
         orders.append(original(offsets, kv_heads))
         return orders[-1].flip(-1)
 
-    expected, original = gradients(), launch.heavy_first
+    expected, original = CASES.gradients(inputs, pattern), launch.heavy_first
     monkeypatch.setattr(launch, "heavy_first", light_first)
-    for one, other in zip(gradients(), expected, strict=True):
+    for one, other in zip(CASES.gradients(inputs, pattern), expected, strict=True):
         assert torch.equal(one, other)
     assert len(orders) == 1
     # The kernel goes by the order: where it names one tile alone, the others' gradients are never written.
     tile = pattern.key_tiles.tile_of_token()
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     monkeypatch.setattr(launch, "heavy_first", lambda *given: torch.full_like(original(*given), 1))
-    dvalue = gradients()[2]
-    assert torch.equal(dvalue[:, tile == 1], expected[2][:, tile == 1])
+    dvalue = CASES.gradients(inputs, pattern)[4]
+    assert torch.equal(dvalue[:, tile == 1], expected[4][:, tile == 1])
     assert not dvalue[:, tile != 1].any()
-    assert expected[2][:, tile != 1].any()
+    assert expected[4][:, tile != 1].any()
 
 
 def test_chosen_automatically() -> None:

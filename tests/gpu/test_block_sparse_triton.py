@@ -7,16 +7,17 @@ from functools import partial
 import pytest
 import torch
 
-from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse import BlockPattern, TileLayout
 from fastvideo.block_sparse.impl import choose_implementation
-from fastvideo.testing import assert_op_within_budget, assert_within_budget, reference_attention
+from fastvideo.testing import assert_within_budget, reference_attention
+
+from ..block_sparse.engine_cases import EngineCases
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
 ]
 
-# Query tile sizes, key tile sizes, batch, query heads, key heads, head size.
 SHAPES = {
     "uniform": ([64] * 12, [64] * 12, 2, 4, 4, 64),
     "one_token": ([1], [1], 1, 1, 1, 64),
@@ -32,56 +33,14 @@ SHAPES = {
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def make_pattern(shape: str, *, ordered: bool = True, shared: bool = False) -> BlockPattern:
-    """Random lists; the first query tile sees nothing where there are several, and every token has moved."""
-    query_sizes, key_sizes, batch, heads, *_ = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-    layouts = [
-        TileLayout.from_sizes(
-            sizes,
-            order=torch.randperm(sum(sizes), generator=generator).cuda() if ordered else None,
-            device="cuda",
-        )
-        for sizes in (query_sizes, key_sizes)
-    ]
-    mask = torch.rand(1 if shared else batch, 1 if shared else heads, len(query_sizes), len(key_sizes), generator=generator)
-    mask = mask < 0.5
-    mask[:, :, 0] = len(query_sizes) == 1
-    mask[:, :, -1, -1] = True
-    return BlockPattern.from_mask(mask.cuda(), *layouts)
-
-
-def make_inputs(shape: str, dtype: torch.dtype, size: float = 3.0) -> dict[str, torch.Tensor]:
-    query_sizes, key_sizes, batch, heads, kv_heads, head_size = SHAPES[shape]
-    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    inputs = {
-        "query": size * randn(batch, sum(query_sizes), heads, head_size),
-        "key": size * randn(batch, sum(key_sizes), kv_heads, head_size),
-        "value": randn(batch, sum(key_sizes), kv_heads, head_size),
-    }
-    return {name: x.to("cuda", dtype) for name, x in inputs.items()}
-
-
-def attend(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
-    return block_sparse_attention(query, key, value, pattern, scale=scale, return_lse=True, impl="triton")
-
-
-def reference(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
-    return reference_attention(query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True)
+CASES = EngineCases("triton", "cuda", SHAPES)
+make_pattern, make_inputs, attend, gradients = CASES.make_pattern, CASES.make_inputs, CASES.attend, CASES.gradients
 
 
 def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
-    bound = {"pattern": pattern, "scale": scale}
     # Over a single key the scores' gradient is the difference of two equal sums, which eager softmax makes exactly zero.
     is_single = inputs["key"].shape[1] == 1 and inputs["key"].dtype == torch.float32
-    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs, floor_ulps=32 if is_single else None)
-
-
-def gradients(inputs: dict[str, torch.Tensor], pattern: BlockPattern) -> tuple[torch.Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in inputs.values()]
-    out, lse = attend(*leaves, pattern=pattern)
-    loss = out.float().square().sum() + lse[lse.isfinite()].sum()
-    return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
+    CASES.check(inputs, pattern, scale, floor_ulps=32 if is_single else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

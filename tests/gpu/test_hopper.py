@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse import BlockPattern, TileLayout
 from fastvideo.block_sparse.impl import choose_implementation
-from fastvideo.testing import assert_op_within_budget, reference_attention
+
+from ..block_sparse.engine_cases import EngineCases
 
 if importlib.util.find_spec("triton") is not None:
     from fastvideo.block_sparse.impl.hopper import launch, plan
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not is_hopper, reason="needs an NVIDIA Hopper GPU (compute capability 9.0), torch sees none"),
 ]
 
-# Query tile sizes, key tile sizes, batch, query heads, key heads, head size.
 SHAPES = {
     "even_64": ([64] * 12, [64] * 13, 2, 4, 4, 128),
     "head_64": ([64] * 12, [64] * 12, 1, 4, 4, 64),
@@ -41,54 +41,9 @@ SHAPES = {
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def make_pattern(shape: str, *, ordered: bool = True, shared: bool = False) -> BlockPattern:
-    """Random lists; the first query tile sees nothing where there are several, and every token has moved."""
-    query_sizes, key_sizes, batch, heads, *_ = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-    layouts = [
-        TileLayout.from_sizes(
-            sizes,
-            order=torch.randperm(sum(sizes), generator=generator).cuda() if ordered else None,
-            device="cuda",
-        )
-        for sizes in (query_sizes, key_sizes)
-    ]
-    mask = torch.rand(1 if shared else batch, 1 if shared else heads, len(query_sizes), len(key_sizes), generator=generator)
-    mask = mask < (0.1 if shape == "many" else 0.5)
-    mask[:, :, 0] = len(query_sizes) == 1
-    mask[:, :, -1, -1] = True
-    return BlockPattern.from_mask(mask.cuda(), *layouts)
-
-
-def make_inputs(shape: str, dtype: torch.dtype, size: float = 3.0) -> dict[str, torch.Tensor]:
-    query_sizes, key_sizes, batch, heads, kv_heads, head_size = SHAPES[shape]
-    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    inputs = {
-        "query": size * randn(batch, sum(query_sizes), heads, head_size),
-        "key": size * randn(batch, sum(key_sizes), kv_heads, head_size),
-        "value": randn(batch, sum(key_sizes), kv_heads, head_size),
-    }
-    return {name: x.to("cuda", dtype) for name, x in inputs.items()}
-
-
-def attend(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
-    return block_sparse_attention(query, key, value, pattern, scale=scale, return_lse=True, impl="hopper")
-
-
-def reference(query, key, value, *, pattern: BlockPattern, scale: float | None = None):
-    return reference_attention(query, key, value, attn_mask=pattern.token_mask(), scale=scale, return_lse=True)
-
-
-def check(inputs: dict[str, torch.Tensor], pattern: BlockPattern, scale: float | None = None) -> None:
-    bound = {"pattern": pattern, "scale": scale}
-    assert_op_within_budget(partial(attend, **bound), partial(reference, **bound), inputs)
-
-
-def gradients(inputs: dict[str, torch.Tensor], pattern: BlockPattern) -> tuple[torch.Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in inputs.values()]
-    out, lse = attend(*leaves, pattern=pattern)
-    loss = out.float().square().sum() + lse[lse.isfinite()].sum()
-    return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
+CASES = EngineCases("hopper", "cuda", SHAPES, densities={"many": 0.1})
+make_pattern, make_inputs, attend, check = CASES.make_pattern, CASES.make_inputs, CASES.attend, CASES.check
+gradients = CASES.gradients
 
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "in_place"])

@@ -1,4 +1,4 @@
-"""What the Hopper kernels are fed, on a CPU in Triton's interpreter; `test_hopper_plan.py` runs this file in its own process.
+"""What the Hopper kernels are fed, on a CPU in Triton's interpreter; `test_hopper.py` runs this file in its own process.
 
 Gluon has no interpreter, so a walk of the kernels' plan in torch stands in for the kernels: it reads packed rows box by
 box and granule by granule, masks as the masks say, and must give attention over the pattern.
