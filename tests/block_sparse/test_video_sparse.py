@@ -349,6 +349,20 @@ def test_means_at_hand() -> None:
         attend(tuple(x.float() for x in pooled))
 
 
+@pytest.mark.parametrize(
+    ("shape", "settings", "text"),
+    [
+        ((1, 8, 1, 1), {"num_replicated": -1}, "num_replicated >= 0, got num_replicated=-1"),
+        ((1, 8, 1, 1), {"num_replicated": 1}, r"S=8, H, D\].*got \(1, 7, 1, 1\)"),
+        ((1, 8, 1), {}, r"got \(1, 8, 1\)"),
+        ((1, 8, 1, 1), {"tile_tyx": "small"}, "got 'small'"),
+    ],
+)
+def test_means_that_are_refused(shape, settings, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        video_sparse.pool_tiles(torch.zeros(shape), (2, 2, 2), **settings)
+
+
 def test_text_handed_over_by_itself() -> None:
     case = "primes_text"
     inputs, settings = make_inputs(case, torch.float32), settings_of(case)

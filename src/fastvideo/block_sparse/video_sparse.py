@@ -114,12 +114,26 @@ def video_sparse_attention(
 def pool_tiles(
     x: Tensor, grid_tyx: tuple[int, int, int], *, tile_tyx: tuple[int, int, int] | str = (4, 4, 4), num_replicated: int = 0
 ) -> Tensor:
-    """Means over tiles as `pooled` of `video_sparse_attention` takes them, `[B, N, H, D]` in fp32 (fp64 for fp64).
+    """Means over tiles as `pooled` of `video_sparse_attention` takes them.
+
+    Args:
+        x: Query, key or value, `[B, S + R, H, D]`: S video tokens in raster order, then R replicated ones, which have no mean.
+        grid_tyx: Video tokens along time, height and width, S of them.
+        tile_tyx: The tile, N of them on this grid; or `"auto"` or `"auto128"`, as `video_sparse_attention` reads them.
+        num_replicated: R.
+
+    Returns:
+        `[B, N, H, D]` in fp32 (fp64 for fp64), differentiable.
+
+    Raises:
+        ValueError: For a tensor of another rank or number of tokens, a tile that isn't one, or a negative `num_replicated`.
 
     Example:
         >>> pool_tiles(torch.arange(8.0).view(1, 8, 1, 1), (2, 2, 2), tile_tyx=(1, 2, 2)).flatten().tolist()
         [1.5, 5.5]
     """
+    if num_replicated < 0:
+        raise ValueError(f"expected num_replicated >= 0, got {num_replicated=}")
     grid = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx))
     return tile_mean(x[:, : x.shape[1] - num_replicated], grid)
 
