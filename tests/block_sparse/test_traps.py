@@ -27,6 +27,9 @@ NAMES = list(IMPLEMENTATIONS) if DEVICE == "cuda" else ["triton"] if IS_INTERPRE
 DTYPE = torch.float16 if IS_INTERPRETED else torch.bfloat16
 HEAD_SIZE = 128 if DEVICE == "cuda" else 16
 
+# Those that fix no order of sums, and say so: equal inputs give equal results within rounding only.
+ROUNDED = {"cudnn", "flash", "flex"} | ({"portable"} if DEVICE == "cuda" else set())
+
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -68,6 +71,12 @@ def check(name: str, inputs: dict[str, Tensor], pattern: BlockPattern, scale: fl
         # FlexAttention has a backward on some devices for some tiles; all others always have one.
         gradients=name != "flex" or not refusals(name, inputs, pattern, needs_grad=True),
     )
+
+
+def assert_repeated(name: str, one: Tensor, other: Tensor) -> None:
+    """Bitwise equal, or within rounding where the implementation fixes no order of sums."""
+    eps = torch.finfo(one.dtype).eps if name in ROUNDED else 0.0
+    torch.testing.assert_close(one, other, rtol=2 * eps, atol=eps * float(other.abs().max()))
 
 
 @each
@@ -132,7 +141,7 @@ def test_samples_do_not_read_each_other(name: str) -> None:
         out = block_sparse_attention(*leaves, pattern, impl=name)
         results.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)))
     for one, other in zip(*results, strict=True):
-        assert torch.equal(one[[0, 2]], other[[0, 2]])
+        assert_repeated(name, other[[0, 2]], one[[0, 2]])
         assert other[1].isnan().all()
 
 
@@ -204,7 +213,7 @@ def test_fp16(name: str) -> None:
 @each
 def test_equal_inputs_give_equal_bits(name: str) -> None:
     """Where the implementation says that its sums have a fixed order."""
-    if name in ("cudnn", "flash", "flex") or (name == "portable" and DEVICE == "cuda"):
+    if name in ROUNDED:
         pytest.skip(f"{name} fixes no order of sums here, and says so")
     layout = make_layout([16, 3, 16, 16])
     pattern = BlockPattern.from_mask(torch.rand(1, 2, 4, 4, device=DEVICE) < 0.8, layout, layout)
