@@ -9,6 +9,7 @@ import torch
 
 from fastvideo.block_sparse import BlockPattern, TileLayout
 from fastvideo.block_sparse.impl import choose_implementation
+from fastvideo.block_sparse.impl.hopper import _TRITON_VERSIONS
 from fastvideo.testing import assert_within_budget, reference_attention
 
 from ..block_sparse.engine_cases import EngineCases
@@ -32,6 +33,14 @@ SHAPES = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# What runs on Hopper with a Triton that its kernels are checked with; elsewhere it is always these tests' subject.
+AUTOMATIC = [
+    ("uniform", torch.bfloat16, "hopper"),
+    ("text", torch.float16, "hopper"),
+    ("uniform", torch.float32, "triton"),
+    ("head_256", torch.bfloat16, "triton"),
+    ("big_tiles", torch.bfloat16, "triton"),
+]
 
 CASES = EngineCases("triton", "cuda", SHAPES)
 make_pattern, make_inputs, attend, gradients = CASES.make_pattern, CASES.make_inputs, CASES.attend, CASES.gradients
@@ -128,9 +137,14 @@ def test_compiled_call_equals_eager_one() -> None:
         assert torch.equal(one, other)
 
 
-def test_chosen_automatically() -> None:
-    inputs = make_inputs("uniform", torch.bfloat16)
-    assert choose_implementation(*inputs.values(), make_pattern("uniform"))[0] == "triton"
+@pytest.mark.parametrize(("shape", "dtype", "on_hopper"), AUTOMATIC)
+def test_chosen_automatically(shape: str, dtype: torch.dtype, on_hopper: str) -> None:
+    import triton
+
+    inputs = make_inputs(shape, dtype)
+    is_checked = triton.__version__.startswith(tuple(f"{version}." for version in _TRITON_VERSIONS))
+    is_hopper = torch.cuda.get_device_capability() == (9, 0) and is_checked
+    assert choose_implementation(*inputs.values(), make_pattern(shape))[0] == (on_hopper if is_hopper else "triton")
 
 
 def test_more_than_two_to_the_31_elements() -> None:
