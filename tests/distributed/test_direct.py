@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import random
 import threading
+import types
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -196,6 +197,22 @@ def test_several_at_once_and_into_a_part_of_a_tensor() -> None:
         assert room[:, :, :, 2].isnan().all()
 
     run_ranks(2, 8192, work)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_region_is_given_twice_before_it_was_read(seed: int) -> None:
+    memory = types.SimpleNamespace(rank=0, capacity=4096, grow=None)
+    exchange, draw = DirectExchange(memory, 2), random.Random(seed)  # type: ignore[arg-type]
+    unread: dict[int, tuple[int, int]] = {}
+    for number in range(1, 300):
+        exchange._number = number
+        length = 512 * draw.randint(0, 8)
+        start, waits = exchange._claim(length, (1,))
+        assert start + length <= 4096
+        last = max((waited for _, waited in waits), default=0)
+        unread = {of: room for of, room in unread.items() if of > last}
+        assert all(stop <= start or start + length <= first for first, stop in unread.values())
+        unread[number] = (start, start + length)
 
 
 def test_memory_grows_where_an_exchange_is_larger() -> None:

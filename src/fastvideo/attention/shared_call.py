@@ -35,7 +35,7 @@ __all__ = [
 
 Tensor = torch.Tensor
 
-_WORK_WORTH_GROUPS = 1 << 26
+_WORK_WORTH_GROUPS = 1 << 27
 """Elements of a device's queries from which on groups of heads pay for the launches that each brings."""
 
 

@@ -12,6 +12,7 @@ compute the same regions, because a `Route` knows what every rank sends to every
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections import deque
@@ -97,7 +98,6 @@ class PeerMemory(Protocol):
 
 class _Region(NamedTuple):
     start: int
-    stop: int
     number: int
     readers: tuple[int, ...]
 
@@ -142,7 +142,7 @@ class DirectExchange:
         places, length = [], 0
         for x, route in zip(tensors, routes, strict=True):
             places.append(length)
-            length += _aligned(max(_packed(route, sender) for sender in range(self._size)) * x.element_size())
+            length += _aligned(max(_places(route.counts, route.is_gather).packed) * x.element_size())
         readers = tuple([peer for peer in self._peers if any(route.counts[rank][peer] for route in routes)])
         with self._lock:
             self._number += 1
@@ -157,7 +157,7 @@ class DirectExchange:
                     stays = x.narrow(route.send.dim, interval[0], interval[1] - interval[0])
                     own.append((piece.view(stays.shape), stays))
                 for peer in self._peers:
-                    source = start + place + _place(route, peer, rank) * x.element_size()
+                    source = start + place + _places(route.counts, route.is_gather).of[peer][rank] * x.element_size()
                     for piece in parts[peer]:
                         if piece.numel():
                             fetches.append(Fetch(peer, source, piece))
@@ -174,28 +174,27 @@ class DirectExchange:
         return self._memory.finish(received)
 
     def _claim(self, length: int, readers: tuple[int, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """Return where this exchange's region starts, and who must have read what was there."""
-        memory = self._memory
-        if length > memory.capacity:
-            memory.grow(max(_LEAST_CAPACITY, _REGIONS_HELD * length), self._readers_of(0, memory.capacity))
-            self._next = 0
-        start = self._next if self._next + length <= memory.capacity else 0
-        waits = self._readers_of(start, start + length)
-        self._regions.append(_Region(start, start + length, self._number, readers))
-        self._next = start + length
-        return start, waits
+        """Return where this exchange's region starts, and who must have read what was there.
 
-    def _readers_of(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-        """Forget the regions that overlap one from `start` to `stop`, and return each one's readers and number."""
-        last: dict[int, int] = {}
-        kept: deque[_Region] = deque()
-        for region in self._regions:
-            if region.start < stop and start < region.stop:
-                last.update(dict.fromkeys(region.readers, region.number))
-            else:
-                kept.append(region)
-        self._regions = kept
-        return tuple(last.items())
+        Regions follow one another, so those in the way are the oldest.
+        """
+        memory, regions = self._memory, self._regions
+        before: list[_Region] = []
+        if length > memory.capacity:
+            before += regions
+            regions.clear()
+            memory.grow(max(_LEAST_CAPACITY, _REGIONS_HELD * length), _readers_of(before))
+            before, self._next = [], 0
+        start = self._next
+        if start + length > memory.capacity:
+            while regions and regions[0].start >= start:
+                before.append(regions.popleft())
+            start = 0
+        while regions and start <= regions[0].start < start + length:
+            before.append(regions.popleft())
+        regions.append(_Region(start, self._number, readers))
+        self._next = start + length
+        return start, _readers_of(before)
 
     def _packs(self, x: torch.Tensor, route: Route, start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return where in staging memory what peers need of `x` goes, part after part."""
@@ -204,9 +203,9 @@ class DirectExchange:
         dim, parts = route.send
         if route.is_gather:
             return [(staging[start : start + x.numel() * item].view(x.dtype).view(x.shape), x)] if x.numel() else []
-        packs = []
+        packs, places = [], _places(route.counts, route.is_gather).of[rank]
         for peer in self._peers:
-            position = start + _place(route, rank, peer) * item
+            position = start + places[peer] * item
             for first, last in parts[peer]:
                 piece = x.narrow(dim, first, last - first)
                 stop = position + piece.numel() * item
@@ -214,6 +213,14 @@ class DirectExchange:
                     packs.append((staging[position:stop].view(x.dtype).view(piece.shape), piece))
                 position = stop
         return packs
+
+
+def _readers_of(regions: Sequence[_Region]) -> tuple[tuple[int, int], ...]:
+    """Return the readers of regions, oldest first, and the last exchange that each has read there."""
+    last: dict[int, int] = {}
+    for region in regions:
+        last.update(dict.fromkeys(region.readers, region.number))
+    return tuple(last.items())
 
 
 def _aligned(num_bytes: int) -> int:
@@ -252,18 +259,27 @@ def _shapes(route: Route, sender: int) -> list[tuple[int, ...]]:
     return [(*route.shape[:dim], last - first, *route.shape[dim + 1 :]) for first, last in parts[sender]]
 
 
-def _packed(route: Route, sender: int) -> int:
-    """Return the elements that `sender` lays out."""
-    row = [count for receiver, count in enumerate(route.counts[sender]) if receiver != sender]
-    return max(row, default=0) if route.is_gather else sum(row)
+class _Places(NamedTuple):
+    """Where parts lie among what a sender lays out, in elements: `of[sender][receiver]`, and how many there are in all."""
+
+    of: tuple[tuple[int, ...], ...]
+    packed: tuple[int, ...]
 
 
-def _place(route: Route, sender: int, receiver: int) -> int:
-    """Return where among what `sender` lays out the part for `receiver` starts, in elements."""
-    if route.is_gather:
-        return 0
-    others = [(sender + distance) % len(route.counts) for distance in range(1, len(route.counts))]
-    return sum(route.counts[sender][before] for before in others[: others.index(receiver)])
+@functools.lru_cache(maxsize=1024)
+def _places(counts: tuple[tuple[int, ...], ...], is_gather: bool) -> _Places:
+    """Return the places for a route's counts. Each sender begins with the part of its next rank."""
+    size = len(counts)
+    of, packed = [], []
+    for sender, row in enumerate(counts):
+        place, position = [0] * size, 0
+        for distance in range(1, size):
+            receiver = (sender + distance) % size
+            place[receiver] = 0 if is_gather else position
+            position = max(position, row[receiver]) if is_gather else position + row[receiver]
+        of.append(tuple(place))
+        packed.append(position)
+    return _Places(tuple(of), tuple(packed))
 
 
 _exchanges: dict[str, tuple[object, DirectExchange | None]] = {}

@@ -91,8 +91,13 @@ def rows_of(x: torch.Tensor) -> Rows | None:
         >>> rows_of(torch.empty(2, 3, 8, 4)[:, :, 2:4])
         Rows(number=6, length=32, distance=128)
     """
-    item, length = x.element_size(), 1
-    dims = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+    return _rows(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> Rows | None:
+    length = 1
+    dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     while dims and dims[-1][1] == length:
         length *= dims.pop()[0]
     if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(dims)):
@@ -102,16 +107,18 @@ def rows_of(x: torch.Tensor) -> Rows | None:
 
 def copy_wide(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy between tensors of one shape by a kernel, 16 bytes at a time where both allow it: twice as fast as two at a time."""
-    both = (target, source)
-    if all(_is_wide(x) for x in both):
-        target, source = (x.view(torch.complex128) for x in both)
+    if _is_wide(target) and _is_wide(source):
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
     target.copy_(source)
 
 
 def _is_wide(x: torch.Tensor) -> bool:
-    item = x.element_size()
-    steps = [x.data_ptr(), x.shape[-1] * item, *[stride * item for stride in x.stride()[:-1]]]
-    return not x.is_complex() and x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
+    return x.data_ptr() % 16 == 0 and not x.is_complex() and _has_wide_steps(x.shape[-1], x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_wide_steps(length: int, strides: tuple[int, ...], item: int) -> bool:
+    return strides[-1] == 1 and all(step * item % 16 == 0 for step in (length, *strides[:-1]))
 
 
 def rows_of_both(x: torch.Tensor, y: torch.Tensor) -> tuple[Rows, Rows] | None:
