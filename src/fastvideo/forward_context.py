@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -143,7 +143,9 @@ def checkpoint_context_fn() -> tuple[contextlib.AbstractContextManager[Any], con
     the context, the backend scope and the mesh of the forward pass, so that it computes the same thing. Lists of tiles that
     the forward pass has chosen are kept and used again: a choice runs once.
     """
-    if torch.compiler.is_compiling():  # the context is already folded into the graph
+    # The compiler traces torch's checkpointing: the forward context is already folded into the graph, and torch wants two
+    # dispatch modes. `torch.compiler.is_compiling()` is false here in torch 2.11.
+    if get_proxy_mode() is not None:
         contexts: tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
         contexts = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]  # torch's own
         return contexts
