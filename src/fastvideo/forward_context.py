@@ -43,13 +43,14 @@ class ForwardContext:
     """What `set_forward_context` was given.
 
     Attributes:
-        current_timestep: Index of the denoising step. Layers never read it, so that a change compiles nothing anew.
+        current_timestep: Index of the denoising step, or its timestep. Layers never read it, so that a change compiles
+            nothing anew.
         attn_metadata: One metadata object, or a mapping from metadata class to object.
         forward_batch: Anything the caller wants to carry along.
         shard_lengths: Tokens of each rank's shard of the sequence; `None` means that they weren't given.
     """
 
-    current_timestep: int
+    current_timestep: int | float | Tensor
     attn_metadata: MetadataInContext
     forward_batch: Any = None
     shard_lengths: tuple[int, ...] | None = None
@@ -88,7 +89,7 @@ def restored(**values: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_forward_context(
-    current_timestep: int,
+    current_timestep: int | float | Tensor,
     attn_metadata: MetadataInContext,
     forward_batch: Any = None,
     *,
@@ -97,7 +98,7 @@ def set_forward_context(
     """Carry a step's metadata to every attention layer called inside, on this thread.
 
     Args:
-        current_timestep: Index of the denoising step.
+        current_timestep: Index of the denoising step, or its timestep: a number or a tensor.
         attn_metadata: One metadata object, a mapping from metadata class to object (several sparse backends in one
             model), or `None`.
         forward_batch: Anything that code inside wants to find again by `get_forward_context()`.
@@ -105,7 +106,7 @@ def set_forward_context(
             same on all; `None` leaves those of `sequence_parallel(...)`, by default equal shards.
 
     Raises:
-        TypeError: `attn_metadata` is none of these, or `shard_lengths` are no integers.
+        TypeError: `current_timestep` or `attn_metadata` is none of these, or `shard_lengths` are no integers.
         ValueError: A shard length is negative.
 
     Example:
@@ -113,6 +114,8 @@ def set_forward_context(
         ...     get_forward_context().current_timestep
         7
     """
+    if not isinstance(current_timestep, (int, float, Tensor)):
+        raise TypeError(f"expected current_timestep as an integer, a float or a tensor, got {current_timestep!r:.80}")
     _check_metadata(attn_metadata)
     lengths = check_shard_lengths(shard_lengths)
     context = ForwardContext(current_timestep, attn_metadata, forward_batch, lengths)

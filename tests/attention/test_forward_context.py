@@ -123,6 +123,18 @@ def test_context_refuses_what_is_no_metadata(wrong) -> None:
         pass
 
 
+@pytest.mark.parametrize("timestep", [7, 0.25, torch.tensor([3.0, 4.0])])
+def test_a_timestep_is_a_number_or_a_tensor(timestep) -> None:
+    with set_forward_context(timestep, None):
+        assert get_forward_context().current_timestep is timestep
+
+
+@pytest.mark.parametrize("wrong", ["7", None, [7], step(1)])
+def test_context_refuses_what_is_no_timestep(wrong) -> None:
+    with pytest.raises(TypeError, match="expected current_timestep as an integer, a float or a tensor"):
+        set_forward_context(wrong, None).__enter__()
+
+
 def test_four_threads_keep_four_contexts() -> None:
     layer, q = DistributedAttention(2, 8, backend="OFFSET"), torch.randn(1, 4, 2, 8)
     barrier, results = threading.Barrier(4), {}
