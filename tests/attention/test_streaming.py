@@ -78,7 +78,7 @@ CASES = {
     "blocks": ({"window_frames": 6, "sink_frames": 3, "block_frames": 3}, [3] * 6),
     "blocks in longer chunks": ({"window_frames": 4, "sink_frames": 2, "block_frames": 2, "max_chunk_frames": 6}, [6, 2, 4, 6]),
     "window not a multiple of blocks": ({"window_frames": 5, "sink_frames": 1, "block_frames": 2}, [2] * 8),
-    "blocks over the whole past": ({"max_frames": 7, "block_frames": 2}, [2] * 3),
+    "blocks over the whole past": ({"max_frames": 6, "block_frames": 2}, [2] * 3),
 }
 
 
@@ -264,6 +264,11 @@ BAD_CACHES = {
     "sinks without a window": ({"max_frames": 4, "sink_frames": 1}, ValueError, "needs window_frames"),
     "window below a block": ({"window_frames": 2, "block_frames": 3}, ValueError, "at least block_frames=3"),
     "chunk of half a block": ({"window_frames": 4, "block_frames": 2, "max_chunk_frames": 3}, ValueError, "whole blocks"),
+    "clip of half a block": (
+        {"max_frames": 7, "block_frames": 2},
+        ValueError,
+        "expected max_frames in whole blocks of block_frames=2, got 7",
+    ),
     "no frames": ({"window_frames": 0}, ValueError, "window_frames >= 1"),
     "a float": ({"window_frames": 2.0}, TypeError, "window_frames as an integer"),
     "negative sinks": ({"window_frames": 2, "sink_frames": -1}, ValueError, "sink_frames >= 0"),

@@ -72,7 +72,7 @@ class KVCache:
         head_size: Size of a head.
         tokens_per_frame: Tokens of a latent frame.
         num_layers: Layers with a cache of their own.
-        max_frames: Length of the clip, where every frame sees all before it. Either this or a window.
+        max_frames: Length of the clip, whole blocks, where every frame sees all before it. Either this or a window.
         window_frames: Frames that a frame sees up to the end of its block, sink frames not counted.
         sink_frames: First frames of the clip, which all later ones see. Needs a window.
         block_frames: Frames that see each other, 1 for frame-causal models.
@@ -129,6 +129,9 @@ class KVCache:
             _check_count(name, size)
         self._max_frames, self.window_frames = _check_window(max_frames, window_frames, sink_frames, block_frames)
         self.sink_frames, self.block_frames = sink_frames, block_frames
+        if self._max_frames is not None:
+            # Chunks are whole blocks, so a last one that is shorter could never be planned.
+            self._check_chunk("max_frames", self._max_frames)
         self.max_chunk_frames = block_frames if max_chunk_frames is None else max_chunk_frames
         self._check_chunk("max_chunk_frames", self.max_chunk_frames)
         if masking not in get_args(Masking):
