@@ -12,7 +12,7 @@ WAN = ["plan", "--heads", "40", "--seq", "75600", "--world-size", "8"]
 def test_table(capsys) -> None:
     assert main([*WAN]) == 0
     whole = capsys.readouterr().out.splitlines()
-    assert whole[0].startswith("8 × H200, 8 a node; forward; one device: 207.2 ms")
+    assert whole[0].startswith("8 × H200, 8 a node; forward; one device: 209 ms")
     assert whole[-1] == "best: ulysses (ring=1, ulysses=8)"
     assert main([*WAN, "--head-groups", "5"]) == 0
     groups = capsys.readouterr().out.splitlines()

@@ -39,11 +39,12 @@ class DeviceModel:
         sparse_host: The same of sparse attention, whose coarse stage is many kernels.
         share_host: Seconds of host that a shared call takes beside attention and exchanges.
         exchange_host: Seconds of host for each exchange.
+        peer_host: Seconds of host for each other rank in it.
     """
 
     name: str = "H200"
-    flops: float = 565e12
-    backward_flops: float = 530e12
+    flops: float = 560e12
+    backward_flops: float = 528e12
     sparse_flops: float = 450e12
     sparse_backward_flops: float = 375e12
     wide_flops: float = 40e12
@@ -51,9 +52,10 @@ class DeviceModel:
     memory: float = 141e9
     launch: float = 10e-6
     dense_host: float = 0.1e-3
-    sparse_host: float = 1.7e-3
+    sparse_host: float = 0.9e-3
     share_host: float = 0.5e-3
-    exchange_host: float = 0.2e-3
+    exchange_host: float = 0.1e-3
+    peer_host: float = 0.14e-3
 
     def rate(self, call: Call, backward: bool) -> float:
         """Return the FLOP/s of one pass of a call."""
@@ -74,17 +76,17 @@ class LinkModel:
         network_bandwidth: The same between nodes.
         latency: Seconds that an exchange takes however few its bytes.
         peer_latency: Seconds for each rank that takes part in it.
-        contention: Seconds that computation loses to each second of communication hidden behind it, inside a node: NCCL's
-            kernels take multiprocessors that persistent attention kernels wait for, and parts of attention are less efficient.
-            Between nodes a byte costs the same, so a second less.
+        contention: Seconds that computation loses to each second of communication hidden behind it, inside a node: copies take
+            bandwidth of the memory, and parts of attention are less efficient. Between nodes a byte costs the same, so a second
+            less.
     """
 
     ranks_per_node: int = 8
-    node_bandwidth: float = 210e9
+    node_bandwidth: float = 365e9
     network_bandwidth: float = 45e9
     latency: float = 20e-6
     peer_latency: float = 1e-6
-    contention: float = 1.25
+    contention: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -261,13 +263,15 @@ def _host(call: Call, ring: int, ulysses: int, gathers: bool, pieces: int, backw
     attention = device.sparse_host if call.is_sparse else device.dense_host
     if ring * ulysses == 1:
         return attention
-    exchanges, parts = 0, 1
+    exchanging, parts = 0.0, 1
     if ulysses > 1:
-        exchanges += (2 if call.has_gate else 1) + 3
+        exchanging += ((2 if call.has_gate else 1) + 3) * (device.exchange_host + (ulysses - 1) * device.peer_host)
     if ring > 1:
-        exchanges += 2 if gathers else 2 * (ring - 1) * (2 if backward else 1)
+        # A step of a ring talks to one other rank.
+        peers, steps = (ring - 1, 1) if gathers else (1, (ring - 1) * (2 if backward else 1))
+        exchanging += 2 * steps * (device.exchange_host + peers * device.peer_host)
         parts = 1 if gathers else ring
-    return device.share_host + pieces * (parts * attention + exchanges * device.exchange_host)
+    return device.share_host + pieces * (parts * attention + exchanging)
 
 
 def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: LinkModel) -> tuple[float, float]:
@@ -279,8 +283,8 @@ def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: L
     seconds = _exchange(part.swapped, _where(ulysses, 1, links))
     seconds += (num_like_query + 3) * pieces * (links.latency + (ulysses - 1) * links.peer_latency)
     travelling = call.size(part.own_rows, (1 + num_like_query) * call.heads) + call.size(part.own_keys, 2 * call.kv_heads)
-    # A read and a write on the side whose tensor is cut by heads; on the other, tokens of a single sample are in place.
-    return seconds, (2 if call.batch == 1 else 4) * travelling / device.memory_bandwidth
+    # A read and a write where it is sent; what arrives goes straight to its place.
+    return seconds, 2 * travelling / device.memory_bandwidth
 
 
 def _share_keys(
