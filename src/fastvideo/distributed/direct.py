@@ -1,4 +1,4 @@
-"""Exchanges without kernels: each rank lays out what others need, and each fetches its parts by its copy engines.
+"""Exchanges by copy engines: each rank lays out what others need, and each fetches its parts.
 
 Between the devices of one host, a copy engine moves memory over NVLink beside any kernel, while a collective's kernels take
 multiprocessors from the attention that they should hide behind. An exchange is: pack what others need into this rank's staging
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -282,8 +283,8 @@ def _places(counts: tuple[tuple[int, ...], ...], is_gather: bool) -> _Places:
     return _Places(tuple(of), tuple(packed))
 
 
-_exchanges: dict[str, tuple[object, DirectExchange | None]] = {}
-"""By name of the process group: the group itself, and its exchange if it has one."""
+_exchanges: dict[str, tuple[weakref.ref[object], DirectExchange | None]] = {}
+"""By name of the process group: the group itself, and its exchange if it has one. A later group may bear the same name."""
 
 _deciding = threading.Lock()
 
@@ -322,9 +323,9 @@ def direct_exchange(x: torch.Tensor, name: str) -> DirectExchange | None:
         return None
     group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     known = _exchanges.get(name)
-    if known is None or known[0] is not group:
+    if known is None or known[0]() is not group:
         with _deciding:
-            known = _exchanges[name] = (group, _open(x.device, group))
+            known = _exchanges[name] = (weakref.ref(group), _open(x.device, group))
     return known[1]
 
 
