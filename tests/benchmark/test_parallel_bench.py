@@ -41,8 +41,8 @@ OPTIONS = [
 ]
 
 
-def start_ranks(size: int, *arguments: str) -> list[str]:
-    """Run `fastvideo bench --parallel` on gloo ranks and return what each printed."""
+def start_ranks(size: int, *arguments: str, status: int = 0) -> list[str]:
+    """Run `fastvideo bench --parallel` on gloo ranks, of which the first ends with `status`; return what each printed."""
     command = [sys.executable, "-m", "fastvideo", "bench", "--parallel", "tiny", "--device", "cpu", *OPTIONS, *arguments]
     with meeting_point() as variables:
         ranks = [
@@ -59,8 +59,16 @@ def start_ranks(size: int, *arguments: str) -> list[str]:
             said = [rank.communicate(timeout=120) for rank in ranks]
         finally:
             [rank.kill() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, said
+    assert [rank.returncode for rank in ranks] == [status, *[0] * (size - 1)], said
     return [out for out, _ in said]
+
+
+def test_nothing_that_can_run_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    start_ranks(2, "--backends", "FLASH_ATTN", "--passes", "forward", "--json", str(path), status=1)
+    rows = json.loads(path.read_text())["results"][0]["rows"]
+    assert rows
+    assert all(row["refused"] for row in rows)
 
 
 def test_two_ranks_measure_every_layout_beside_one_card(tmp_path: Path) -> None:

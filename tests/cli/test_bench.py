@@ -55,6 +55,17 @@ def test_a_picture_of_nothing_is_an_error(tmp_path, capsys) -> None:
     assert not picture.exists()
 
 
+def test_nothing_that_can_run_is_an_error(tmp_path, capsys) -> None:
+    path = tmp_path / "rows.json"
+    assert main(["bench", "tiny", *FAST, "--backends", "FLASH_ATTN", "--json", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert "FLASH_ATTN: can't run" in captured.out
+    assert "nothing was measured" in captured.err
+    rows = json.loads(path.read_text())["results"][0]["rows"]
+    assert len(rows) == 2
+    assert all(row["refused"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

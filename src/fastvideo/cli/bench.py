@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print tables and write files; return 0, or 1 if a row is over budget or there is nothing to draw."""
+    """Measure, print tables and write files; return 0, or 1 if a row is over budget, none ran or there is nothing to draw."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check(args, device)
     if args.parallel:
@@ -72,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
             _write(args, about, results)
     if args.plot is not None and not _has_ranked_rows(results):
         print(f"fastvideo bench: no row is ranked, so {args.plot} was not drawn", file=sys.stderr)
+        return 1
+    if all(row.refused is not None for _, _, rows in results for row in rows):
+        print("fastvideo bench: nothing was measured: no case could run", file=sys.stderr)
         return 1
     return 1 if any(row.over_budget for _, _, rows in results for row in rows) else 0
 

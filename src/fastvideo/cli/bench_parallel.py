@@ -18,7 +18,7 @@ from fastvideo.benchmark.parallel_cases import make_parallel_cases
 from fastvideo.benchmark.parallel_peers import make_peer_cases
 from fastvideo.benchmark.parallel_problem import make_problem
 from fastvideo.benchmark.parallel_ranks import Ranks
-from fastvideo.benchmark.parallel_row import ParallelRow
+from fastvideo.benchmark.parallel_row import ONE_CARD, ParallelRow
 from fastvideo.benchmark.parallel_run import run_parallel
 from fastvideo.benchmark.report import format_parallel_rows
 from fastvideo.benchmark.shapes import shape_named
@@ -60,7 +60,10 @@ def check_meant(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, device_type: str) -> int:
-    """Measure on all ranks; rank 0 prints tables and writes the file. Return 0, or on rank 0 1 if a row of ours is over budget.
+    """Measure on all ranks; rank 0 prints tables and writes the file.
+
+    Returns:
+        0, or on rank 0 1 if a row of ours is over budget or no case ran on several ranks.
 
     Raises:
         RuntimeError: There is one rank alone.
@@ -108,15 +111,20 @@ def _measure_all(args: argparse.Namespace, device_type: str, head_groups: list[i
     about = {**describe_run(device), "ranks": str(size), "transport": str(dist.get_backend())}
     _print(ranks, ", ".join(f"{name} {value}" for name, value in about.items()))
     results: list[dict[str, Any]] = []
-    is_over_budget = False
+    is_over_budget, has_run = False, False
     for name in args.shapes:
         results.append({"shape": name, "is": str(shape_named(name)), "ranks": size, "rows": []})
-        rows = _measure(name, args, ranks, head_groups, _saver(args, ranks, about, results))
+        save = _saver(args, ranks, about, results)
+        rows = _measure(name, args, ranks, head_groups, save)
+        save(rows)  # rows of which none ran say why
         _print(ranks, f"\n{name}: {shape_named(name)}, {args.dtype}, {size} ranks")
         _print(ranks, format_parallel_rows(rows, with_model=args.model))
         is_over_budget |= any(row.over_budget and row.library == "fastvideo" for row in rows)
+        has_run |= any(row.refused is None and row.library != ONE_CARD for row in rows)
     ranks.tell(None)  # nobody leaves while another still talks
-    return 1 if is_over_budget and ranks.rank == 0 else 0
+    if not has_run and ranks.rank == 0:
+        print("fastvideo bench: nothing was measured: no case could run on several ranks", file=sys.stderr)
+    return 1 if (is_over_budget or not has_run) and ranks.rank == 0 else 0
 
 
 def _measure(
