@@ -211,6 +211,11 @@ def check_shards(mesh, device: str) -> None:
         torch.testing.assert_close(again, whole * 2)
         ((again * weight).sum() / size).backward()
         torch.testing.assert_close(whole.grad, 2 * weight)
+        turned, factor = (torch.complex(whole.detach(), weight), torch.complex(weight, whole.detach()))
+        turned.requires_grad_()
+        with sequence_parallel(group, shard_lengths=lengths):
+            (shard_sequence(turned, 1) * factor.split(lengths, 1)[rank]).real.sum().backward()
+        torch.testing.assert_close(turned.grad, factor.conj().resolve_conj())
     twelve = draw(12, seed=2, device=device)
     torch.testing.assert_close(shard_sequence(twelve, 0), twelve.chunk(size)[rank])
     torch.testing.assert_close(

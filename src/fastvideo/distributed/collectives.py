@@ -166,7 +166,7 @@ def all_gather(x: torch.Tensor, dim: int, lengths: Sequence[int], group: Sequenc
 
 def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
     """Return `x`, which every rank holds and uses in part; its gradient is summed over the ranks."""
-    if group.size == 1 or not x.is_floating_point():
+    if group.size == 1 or not (x.is_floating_point() or x.is_complex()):
         return x
     return _SumGradient.apply(x, group.name)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -311,4 +311,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _wait(_functional.all_reduce(grad.contiguous(), "sum", ctx.name), ctx.name), None
+        # Transports add no complex numbers; their parts add up.
+        parts = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+        total = _wait(_functional.all_reduce(parts.contiguous(), "sum", ctx.name), ctx.name)
+        return torch.view_as_complex(total) if grad.is_complex() else total, None
