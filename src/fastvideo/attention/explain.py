@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from fastvideo.attention.selector import BackendWish, Decision, Wish, choose, re
 from fastvideo.attention.validation import check_causal_lengths, check_dropout, check_scale, check_sizes
 from fastvideo.forward_context import thread_state
 from fastvideo.platforms import System, current_platform, describe_system
+from fastvideo.video.choose_tile import TileChoice, resolve_tile, tile_cost
 
 __all__ = ["Explanation", "explain"]
 
@@ -25,10 +28,12 @@ class Explanation:
     Attributes:
         decision: The choice and one verdict per backend.
         notes: What else a user should know about this installation.
+        tile: What the padding of a sparse backend's tiles costs, where a grid was given.
     """
 
     decision: Decision
     notes: tuple[str, ...] = ()
+    tile: TileChoice | None = None
 
     @property
     def chosen(self) -> str | None:
@@ -51,8 +56,12 @@ class Explanation:
             "wish": None if wish is None else asdict(wish),
             "chosen": self.chosen,
             "backends": [{**asdict(verdict), "accepts": verdict.accepts} for verdict in self.decision.trace],
-            "notes": [*self.decision.notes, *self.notes],
+            "tile": None if self.tile is None else {**asdict(self.tile), "padding": self.tile.padding},
+            "notes": self._all_notes(),
         }
+
+    def _all_notes(self) -> list[str]:
+        return [*self.decision.notes, *([] if self.tile is None else [self.tile.account]), *self.notes]
 
     def __str__(self) -> str:
         rows = [("backend", "verdict", "expected", "why")]
@@ -68,7 +77,7 @@ class Explanation:
         padded = [[*map(str.ljust, row[:3], widths), row[3]] for row in rows]
         lines = ["  ".join(cells).rstrip() for cells in padded]
         lines.insert(1, "-" * max(map(len, lines)))
-        notes = [f"note: {note}" for note in (*self.decision.notes, *self.notes)]
+        notes = [f"note: {note}" for note in self._all_notes()]
         return "\n".join([f"machine: {self.decision.request.system}", *lines, *notes])
 
 
@@ -91,6 +100,8 @@ def explain(
     needs_grad: bool = False,
     needs_lse: bool = False,
     has_gate: bool = False,
+    grid_tyx: Sequence[int] | None = None,
+    tile_tyx: Sequence[int] | str | None = None,
 ) -> Explanation:
     """Say which backend would run a call and why the others wouldn't, from shapes alone.
 
@@ -112,15 +123,21 @@ def explain(
         needs_grad: A backward pass follows.
         needs_lse: The log-sum-exp is asked for.
         has_gate: A gate for the coarse part of sparse attention is handed over.
+        grid_tyx: Tokens of the video along time, height and width, to be told what padding of tiles costs;
+            text comes on top.
+        tile_tyx: Tokens of a tile, `"auto"` or `"auto128"`; `None` means `"auto"`.
 
     Raises:
         TypeError: `dtype` names no dtype.
-        ValueError: A size is out of range, the device isn't here, or the text describes no known machine.
+        ValueError: A size is out of range, the grid has more tokens than `seq`, a tile is given without a grid, the
+            device isn't here, or the text describes no known machine.
         UnknownBackend: No backend has that name.
 
     Example:
         >>> explain(heads=40, head_size=128, seq=75600, system="H200, torch only").chosen
         'TORCH_SDPA'
+        >>> print(explain(heads=40, head_size=128, seq=75600, grid_tyx=(21, 45, 80), tile_tyx="auto").tile)
+        tile 3x5x4 on grid 21x45x80: 1260 tiles, padding adds 13.8 % work
     """
     kv_heads = heads if kv_heads is None else kv_heads
     kv_seq = seq if kv_seq is None else kv_seq
@@ -143,7 +160,18 @@ def explain(
     )  # fmt: skip
     wish: Wish | None
     wish, notes = resolve_wish(backend, None, thread_state.backend_wish, None)
-    return Explanation(choose(request, wish, None, notes), _installation_notes())
+    return Explanation(choose(request, wish, None, notes), _installation_notes(), _tile(grid_tyx, tile_tyx, seq))
+
+
+def _tile(grid_tyx: Sequence[int] | None, tile_tyx: Sequence[int] | str | None, seq: int) -> TileChoice | None:
+    if grid_tyx is None:
+        if tile_tyx is not None:
+            raise ValueError(f"expected grid_tyx beside tile_tyx={tile_tyx!r}: what a tile costs depends on the grid")
+        return None
+    choice = tile_cost(grid_tyx, resolve_tile("auto" if tile_tyx is None else tile_tyx, grid_tyx))
+    if math.prod(choice.grid_tyx) > seq:
+        raise ValueError(f"expected a grid of at most seq={seq} tokens, got {choice.grid_tyx}: {math.prod(choice.grid_tyx)}")
+    return choice
 
 
 def _machine(system: System | str | None, device: str | None) -> System:

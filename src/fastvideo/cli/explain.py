@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grad", action="store_true", help="a backward pass follows")
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is asked for")
     parser.add_argument("--gate", action="store_true", help="a gate for the coarse part of sparse attention is handed over")
+    parser.add_argument(
+        "--grid", nargs=3, type=int, metavar=("T", "Y", "X"), help="tokens of the video: say what padding costs"
+    )
+    parser.add_argument("--tile", metavar="TxYxX", help="with --grid: auto (by default), auto128, or such as 4x4x4")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
 
 
@@ -53,9 +57,17 @@ def run(args: argparse.Namespace) -> int:
         needs_grad=args.grad,
         needs_lse=args.lse,
         has_gate=args.gate,
+        grid_tyx=args.grid,
+        tile_tyx=_tile(args.tile),
     )
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0 if report.chosen is not None else 1
+
+
+def _tile(text: str | None) -> tuple[int, ...] | str | None:
+    """Read `"4x4x4"`; names stay as they are."""
+    parts = [] if text is None else text.split("x")
+    return tuple(map(int, parts)) if parts and all(part.isdecimal() for part in parts) else text
 
 
 def _assumed_system(device: str | None) -> str | None:

@@ -60,6 +60,20 @@ class TileChoice:
         share = 100 * (self.padding - 1)
         return f"tile {tile} on grid {grid}: {self.num_tiles} tiles, padding adds {share:.1f} % work"
 
+    @property
+    def account(self) -> str:
+        """The same with what the padding consists of.
+
+        Example:
+            >>> print(choose_tile((5, 6, 8)).account.split(": ")[2])
+            256 query rows (4 blocks of 64) and 256 key rows (16 granules of 16) for 240 tokens
+        """
+        num_tokens = self.grid_tyx[0] * self.grid_tyx[1] * self.grid_tyx[2]
+        return (
+            f"{self}: {self.query_rows} query rows ({self.query_rows // _QUERY_BLOCK} blocks of {_QUERY_BLOCK}) and "
+            f"{self.key_rows} key rows ({self.key_rows // _KEY_GRANULE} granules of {_KEY_GRANULE}) for {num_tokens} tokens"
+        )
+
 
 def tile_cost(grid_tyx: Sequence[int], tile_tyx: Sequence[int]) -> TileChoice:
     """What a tile costs on a grid; the formula stands at the top of this module.
