@@ -151,10 +151,19 @@ def test_the_bundled_model_is_small_and_says_how_it_was_trained() -> None:
     assert model.notes["training"]["max_steps"] == model.notes["steps"]
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_held_out_prompts(number: int) -> None:
-    scene = sample_prompts(4, "held_out", seed=0, num_sprites=1)[number]
+def passes(number: int, num_sprites: int) -> bool:
+    """Whether the bundled model shows one of the first four held-out prompts, half of which have two sprites."""
+    scene = sample_prompts(4, "held_out", seed=0)[number]
     assert is_held_out(scene)
-    model = SpriteVideoModel.load(bundled_model())
-    report = check_clip(model.sample([scene], [number])[0], scene)
-    assert report.passed, report
+    assert len(scene.sprites) == num_sprites
+    return check_clip(SpriteVideoModel.load(bundled_model()).sample([scene], [number])[0], scene).passed
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_held_out_prompts_of_one_sprite(number: int) -> None:
+    assert passes(number, 1)
+
+
+def test_held_out_prompts_of_two_sprites() -> None:
+    # About a tenth of 160 such prompts fail on a GPU, so one of the two may, and three of all four must pass.
+    assert passes(2, 2) or passes(3, 2)
