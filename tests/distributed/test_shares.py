@@ -82,6 +82,15 @@ def test_heads_go_for_tokens_and_come_back(lengths: list[int], heads: int, is_cu
         assert torch.equal(join_heads(back[rank], size), shard)
 
 
+@pytest.mark.parametrize("lengths", [(4, 4), (5, 3), (8,)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_sent_is_contiguous(lengths: tuple[int, ...], batch: int) -> None:
+    """The gradient of a sum is one number, expanded."""
+    flat = pack(torch.ones(()).expand(batch, 8, 2), consecutive(1, lengths))
+    assert flat.is_contiguous()
+    assert torch.equal(flat, torch.ones(batch * 16))
+
+
 @FAST
 @given(LENGTHS, st.integers(0, 2))
 def test_a_gradient_takes_the_route_backwards(lengths: list[int], dim: int) -> None:

@@ -199,16 +199,17 @@ def _wait(started: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def pack(x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """Return the parts of `x` one after another, flat."""
+    """Return the parts of `x` one after another, flat and contiguous."""
     dim, parts = cut
     if _is_in_order(cut, x.shape[dim]):
         if math.prod(x.shape[:dim]) == 1:
-            return x.reshape(-1)
+            return x.reshape(-1).contiguous()
         lengths = {stop - start for ((start, stop),) in parts}
         if len(lengths) == 1:
-            return torch.unflatten(x, dim, (len(parts), -1)).movedim(dim, 0).reshape(-1)
+            return torch.unflatten(x, dim, (len(parts), -1)).movedim(dim, 0).reshape(-1).contiguous()
     pieces = [x.narrow(dim, first, last - first).reshape(-1) for part in parts for first, last in part]
-    return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, x.new_empty(0)])
+    # A gradient that is one number everywhere is a view without memory of its own, even flat.
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat([*pieces, x.new_empty(0)])
 
 
 def unpack(flat: torch.Tensor, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor:
