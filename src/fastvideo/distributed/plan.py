@@ -193,7 +193,7 @@ def plan(
     Example:
         >>> found = plan(heads=40, kv_heads=None, seq=75600, world_size=8)
         >>> found.best.name, round(found.efficiency(found.best), 2)
-        ('ulysses', 0.93)
+        ('ulysses', 0.96)
         >>> plan(40, None, 75600, 8, sparsity=0.9).best.name
         'ulysses'
     """
