@@ -156,7 +156,7 @@ def test_pieces_of_heads_travel_while_others_are_computed() -> None:
         assert free[name].time < pieces[name].time < whole[name].time
         assert pieces[name].num_bytes == whole[name].num_bytes
     assert pieces["ring"] == whole["ring"]
-    assert plan(48, None, 75_600, 2) == plan(48, None, 75_600, 2, head_groups=1), "one group, as in layers"
+    assert plan(48, None, 75_600, 2) == plan(48, None, 75_600, 2, head_groups=1), "one group"
     uneven = plan(40, None, 75_600, 16, head_groups=4)
     (ulysses,) = [layout for layout in uneven.layouts if layout.name == "ulysses"]
     assert ulysses.forward.exposed == ulysses.forward.communication, "40 heads don't divide by 16 ranks"

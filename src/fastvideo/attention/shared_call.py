@@ -36,7 +36,10 @@ __all__ = [
 Tensor = torch.Tensor
 
 _WORK_WORTH_GROUPS = 1 << 27
-"""Elements of a device's queries from which on groups of heads pay for the launches that each brings."""
+"""Elements of a device's queries from which on groups of heads pay for their launches.
+
+At 720p two H200s gain by three groups; on four these are as slow as their host.
+"""
 
 
 @dataclass(frozen=True)

@@ -119,11 +119,19 @@ def launch_exchange(
         route: Its route.
         group: The ranks.
         into: Where what comes is to go, of the route's shape, its inner dims contiguous; only where no gradient is recorded.
-        is_hidden: Other work goes on meanwhile, which the exchange should not hold up.
+        is_hidden: Other work goes on meanwhile, which the exchange should not hold up. A hint: without gradient, and where copy
+            engines carry the exchange, it changes how, never what.
+
+    Raises:
+        ValueError: `into` is given, and a gradient is recorded.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Two autograd functions would be an eighth of the host time of a dense layer's call.
         return Launched(_start((x,), (route,), group.name, into, is_hidden)[0], None, route, into)
+    if into is not None:
+        raise ValueError(
+            "expected no `into` where a gradient is recorded, got one; what is finished is a tensor of its own there"
+        )
     received, sent = _Launch.apply(x, route, group.name)  # type: ignore[no-untyped-call]
     return Launched(received, sent, route)
 

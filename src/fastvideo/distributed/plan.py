@@ -178,8 +178,7 @@ def plan(
         causal: Each query sees only keys up to its own position.
         sparsity: Share of key tiles that a query tile skips, in [0, 1), for sparse attention; `None` means dense.
         has_gate: A gate of sparse attention travels with the query; dense attention has none.
-        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; `None` is one, as in
-            layers.
+        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; `None` is one.
         needs_grad: A backward pass follows and counts.
         mesh: Sizes of the mesh's dims ring and ulysses where the caller has one; others are then refused.
         device: How fast a device is.

@@ -1,0 +1,115 @@
+"""Times what a copy engine moves between CUDA devices, and what it takes from attention beside it, against NCCL.
+
+    torchrun --nproc-per-node 2 benchmarks/copy_engines.py
+
+Prints, on rank 0: bytes per second of reading a peer's memory, whole and by rows; a round of words between two devices; and
+torch's attention (10 heads of 128, 37,800 tokens, bf16) alone, beside eight copies of 97 MiB, and beside as many bytes by NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+from cuda.bindings import driver, runtime
+
+MIB = 1 << 20
+SIZE = 512 * MIB
+WORDS = SIZE - MIB
+
+
+def milliseconds(work: Callable[[], object], repetitions: int = 10) -> float:
+    """Time `work` on this rank, all ranks at once, after three calls that aren't timed."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    dist.barrier()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repetitions):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    dist.barrier()
+    return begin.elapsed_time(end) / repetitions
+
+
+def checked(result: tuple[object, ...]) -> None:
+    """Raise if CUDA refused."""
+    if int(result[0]) != 0:  # type: ignore[call-overload]  # an enumeration of the bindings
+        raise RuntimeError(f"CUDA refused: {result[0]!r}")
+
+
+def main() -> None:
+    """Measure and print."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    own = symmetric.empty(SIZE, dtype=torch.uint8, device=device)
+    own.zero_()
+    torch.cuda.synchronize()
+    handle = symmetric.rendezvous(own, dist.group.WORLD.group_name)
+    peer = (rank + 1) % size
+    remote = handle.get_buffer(peer, (SIZE,), torch.uint8)
+    here = torch.empty(SIZE, dtype=torch.uint8, device=device)
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+    copies = torch.cuda.Stream(priority=-1)
+    count = 0
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    def stream() -> int:
+        return torch.cuda.current_stream().cuda_stream
+
+    def by_rows(width: int) -> None:
+        checked(runtime.cudaMemcpy2DAsync(here.data_ptr(), width, remote.data_ptr(), 10_240, width, 37_800, kind, stream()))
+
+    def exchange_words() -> None:
+        nonlocal count
+        count += 1
+        at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        checked(driver.cuStreamWriteValue32(stream(), handle.buffer_ptrs[peer] + WORDS + 4 * rank, count, 0))
+        sender = (rank - 1) % size
+        checked(driver.cuStreamWaitValue32(stream(), handle.buffer_ptrs[rank] + WORDS + 4 * sender, count, at_least))
+
+    def read(num_bytes: int) -> None:
+        here[:num_bytes].copy_(remote[:num_bytes])
+
+    def swap(num_bytes: int) -> None:
+        dist.all_to_all_single(own[:num_bytes], here[:num_bytes])
+
+    for mib in (8, 97, 387):
+        ms = milliseconds(lambda mib=mib: read(mib * MIB))  # type: ignore[misc]
+        say(f"read {mib} MiB of a peer: {ms:.3f} ms, {mib * MIB / ms / 1e6:.0f} GB/s")
+    for width in (1280, 2560, 5120):
+        ms = milliseconds(lambda width=width: by_rows(width))  # type: ignore[misc]
+        say(f"read 37,800 rows of {width} bytes: {ms:.3f} ms, {width * 37_800 / ms / 1e6:.0f} GB/s")
+    say(f"a word to a peer and one from it: {milliseconds(exchange_words, 50) * 1e3:.1f} us")
+    q = torch.randn(1, 10, 37_800, 128, device=device, dtype=torch.bfloat16)
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    def beside(transfer: Callable[[], None]) -> None:
+        main_stream = torch.cuda.current_stream()
+        copies.wait_stream(main_stream)
+        with torch.cuda.stream(copies):
+            for _ in range(8):
+                transfer()
+        attend()
+        main_stream.wait_stream(copies)
+
+    say(f"attention alone: {milliseconds(attend, 4):.2f} ms")
+    say(f"beside 8 copies of 97 MiB: {milliseconds(lambda: beside(lambda: read(97 * MIB)), 4):.2f} ms")
+    say(f"beside 8 NCCL exchanges of 97 MiB a way: {milliseconds(lambda: beside(lambda: swap(size * 97 * MIB)), 4):.2f} ms")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
