@@ -176,3 +176,9 @@ def test_the_verb_hands_its_options_on(tmp_path, model):
     assert config["two_sprite_share"] == 1.0
     state = torch.load(tmp_path / CHECKPOINT_NAME, weights_only=True)
     assert state["initial_weights"] == config["initial_weights"]
+
+
+def test_a_folder_without_a_model_is_refused_by_what_it_lacks(tmp_path) -> None:
+    module = torch.nn.ModuleDict()
+    with pytest.raises(FileNotFoundError, match=r"nowhere/\S+ is missing: give a folder that `fastvideo train` wrote"):
+        load_initial_weights(tmp_path / "nowhere", TrainConfig(), module)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvideo.models.sprites.pipeline import WEIGHTS_NAME, SpriteVideoModel, bundled_model
 from fastvideo.training.config import TrainConfig
-from fastvideo.training.finetune.origin import BUNDLED, Origin
+from fastvideo.training.finetune.origin import BUNDLED, model_folder
 from fastvideo.training.optim import MasterWeights
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -25,7 +25,7 @@ def load_initial_weights(model: str | Path, config: TrainConfig, module: nn.Modu
     """Replace a run's weights by those of a model that `fastvideo train` wrote.
 
     Args:
-        model: Its folder, or "bundled", as `Origin.open` reads it.
+        model: Its folder, or "bundled", as `model_folder` reads it.
         config: Settings of the run.
         module: "transformer" and "text_encoder" of the run, in float32.
 
@@ -36,7 +36,7 @@ def load_initial_weights(model: str | Path, config: TrainConfig, module: nn.Modu
         FileNotFoundError: The folder holds no model.
         ValueError: The model is of another kind, of other sizes, or has another attention.
     """
-    folder = Origin.open(model).folder
+    folder = model_folder(model)
     found = SpriteVideoModel.load(folder)
     given = {
         **dataclasses.asdict(found.transformer.config),

@@ -20,13 +20,24 @@ from fastvideo.models.wan.checkpoint import CONFIG_NAME, SPARSITY_NOTE, read_con
 from fastvideo.models.wan.config import AttentionKind
 from fastvideo.training.finetune.config import FinetuneConfig
 
-__all__ = ["BUNDLED", "Origin"]
+__all__ = ["BUNDLED", "Origin", "model_folder"]
 
 BUNDLED = "bundled"
 """Stands for the folder of the bundled model."""
 
 TRANSFORMER = "transformer"
 """Where diffusers' pipelines keep the model."""
+
+
+def model_folder(folder: str | Path) -> Path:
+    """Return the folder that is meant: `"bundled"`, where no folder has that name, is the bundled model's.
+
+    Example:
+        >>> model_folder("runs/vsa/model").as_posix()
+        'runs/vsa/model'
+    """
+    place = Path(folder)
+    return bundled_model() if str(folder) == BUNDLED and not place.exists() else place
 
 
 @dataclass(frozen=True)
@@ -49,15 +60,13 @@ class Origin:
 
     @classmethod
     def open(cls, folder: str | Path) -> Origin:
-        """Read a folder's configuration; `"bundled"`, where no folder has that name, is the bundled model's.
+        """Read the configuration of `model_folder(folder)`.
 
         Raises:
             FileNotFoundError: The folder has none.
             ValueError: It is no JSON object, or not one of a model.
         """
-        place = Path(folder)
-        if str(folder) == BUNDLED and not place.exists():
-            place = bundled_model()
+        place = model_folder(folder)
         if not (place / CONFIG_NAME).exists() and (place / TRANSFORMER / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{place} is a whole pipeline; give the model in it, {place / TRANSFORMER}")
         values = read_config(place)
