@@ -30,9 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastvideo.block_sparse.impl.hopper.epilogue import write_block
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
-
-_LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -255,17 +254,8 @@ def _consumer(
             b_out = warpgroup_mma_wait(0, deps=(b_ot,))
             mbarrier.arrive(v_empty.index(i_v))
         num_done += num_steps
-        # NaN counts as seen and reaches the output.
-        m_seen = b_sum != 0.0
-        b_factor = gl.where(m_seen, 1.0 / b_sum, 0.0)
-        b_lse = gl.where(m_seen, (b_max + gl.log2(b_sum)) * _LN2, -float("inf"))
-        b_out = b_out * gl.expand_dims(gl.convert_layout(b_factor, result_rows), 1)
-        p_lse = lse + i_b * NUM_QUERIES * HEADS + i_h
-        gl.store(p_lse + o_lse.to(gl.int64) * HEADS, b_lse, mask=o_lse >= 0)
-        staging.store(b_out.to(dtype))
-        p_out = out + (i_b * NUM_QUERIES * HEADS + i_h) * D
-        o_out = gl.expand_dims(o_token.to(gl.int64) * (HEADS * D), 1) + o_d
-        gl.store(p_out + o_out, staging.load(memory), mask=m_row)
+        sums = (b_out, b_max, b_sum)
+        write_block(sums, staging, (out, lse), i_b, i_h, o_token, o_lse, HEADS, NUM_QUERIES, D, memory)
 
 
 @gluon.jit(do_not_specialize=["num_heads", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "GROUP", "NUM_QUERIES"])
