@@ -45,12 +45,21 @@ def _num_steps(num_listed, TILE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.con
 def _step_rows(
     i_step, p_list, num_listed, offsets, TILE: tl.constexpr, SLOT: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Packed rows of one step of a walk, and which of them are real."""
+    """Packed rows of one step of a walk, as a first row and distances from it, and which of them are real."""
     if SLOT == BLOCK:
         PIECES: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
         i_tile = tl.load(p_list + i_step // PIECES)
-        o_row, m_rows = _own_rows(i_tile, i_step % PIECES, offsets, TILE, UNIFORM, BLOCK)
+        i_first = i_step % PIECES * BLOCK
+        o_row = tl.arange(0, BLOCK)
+        if UNIFORM:
+            m_rows = i_first + o_row < TILE
+            i_first += i_tile * TILE
+        else:
+            i_start = tl.load(offsets + i_tile)
+            m_rows = i_first + o_row < tl.load(offsets + i_tile + 1) - i_start
+            i_first += i_start
     else:
+        i_first = 0
         o_block = tl.arange(0, BLOCK)
         o_entry = i_step * (BLOCK // SLOT) + o_block // SLOT
         o_inside = o_block % SLOT
@@ -63,7 +72,7 @@ def _step_rows(
             o_start = tl.load(offsets + o_tile)
             o_row = o_start + o_inside
             m_rows = m_rows & (o_inside < tl.load(offsets + o_tile + 1) - o_start)
-    return o_row, m_rows
+    return i_first, o_row, m_rows
 
 
 @triton.jit
@@ -74,10 +83,20 @@ def _tokens(order, o_packed, m_rows):
 
 
 @triton.jit
+def _step_tokens(order, i_first, o_row, m_rows):
+    """Tokens of one step, likewise. Without an order distances are the same in every step, and addresses one addition."""
+    if order is None:
+        i_first_token, o_token = tl.cast(i_first, tl.int64), o_row.to(tl.int64)
+    else:
+        i_first_token, o_token = 0, _tokens(order, i_first + o_row, m_rows)
+    return i_first_token, o_token
+
+
+@triton.jit
 def _load_block(p_base, o_token, s_token, m_rows, HEAD_SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows `[BLOCK, D]` of a tensor; what is not real is 0 and not read."""
     o_d = tl.arange(0, D)
-    p_block = p_base + o_token[:, None] * s_token + o_d[None, :]
+    p_block = p_base + (o_token[:, None] * s_token + o_d[None, :])
     if HEAD_SIZE != D:
         b_block = tl.load(p_block, mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :], other=0.0)
     elif MASKED:
@@ -165,9 +184,9 @@ def block_sparse_fwd_kernel(
     b_max = tl.full([M], -float("inf"), tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
-        o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
-        o_row = _tokens(k_order, o_row, m_k)
-        b_k = _load_block(p_key, o_row, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
+        i_row, o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
+        i_token, o_token_k = _step_tokens(k_order, i_row, o_row, m_k)
+        b_k = _load_block(p_key + i_token * s_ks, o_token_k, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if SCALE_IS_POSITIVE:
             if K_MASKED:
@@ -183,7 +202,7 @@ def block_sparse_fwd_kernel(
         b_shrink = tl.exp2(b_max - b_top)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_out = b_out * b_shrink[:, None]
-        b_v = _load_block(p_value, o_row, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
+        b_v = _load_block(p_value + i_token * s_vs, o_token_k, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         b_max = b_top
 
@@ -319,10 +338,10 @@ def block_sparse_bwd_dq_kernel(
     b_dq = tl.zeros([M, D], tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
-        o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
-        o_row = _tokens(k_order, o_row, m_k)
-        b_k = _load_block(p_key, o_row, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
-        b_v = _load_block(p_value, o_row, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
+        i_row, o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
+        i_token, o_token_k = _step_tokens(k_order, i_row, o_row, m_k)
+        b_k = _load_block(p_key + i_token * s_ks, o_token_k, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
+        b_v = _load_block(p_value + i_token * s_vs, o_token_k, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[:, None]))
@@ -431,10 +450,11 @@ def block_sparse_bwd_dkdv_kernel(
         p_dout = dout + i_b * s_db + i_qh * s_dh
         i_rows = (i_b * (KV_HEADS * GROUP) + i_qh) * NUM_QUERIES
         for i_step in range(_num_steps(num_listed, Q_TILE, Q_SLOT, M)):
-            o_q, m_q = _step_rows(i_step, p_list, num_listed, q_offsets, Q_TILE, Q_SLOT, Q_UNIFORM, M)
-            o_q_token = _tokens(q_order, o_q, m_q)
-            b_q = _load_block(p_query, o_q_token, s_qs, m_q, HEAD_SIZE, D, Q_MASKED)
-            b_dout = _load_block(p_dout, o_q_token, s_ds, m_q, HEAD_SIZE, D, Q_MASKED)
+            i_row, o_row, m_q = _step_rows(i_step, p_list, num_listed, q_offsets, Q_TILE, Q_SLOT, Q_UNIFORM, M)
+            i_token, o_token_q = _step_tokens(q_order, i_row, o_row, m_q)
+            o_q = i_row + o_row
+            b_q = _load_block(p_query + i_token * s_qs, o_token_q, s_qs, m_q, HEAD_SIZE, D, Q_MASKED)
+            b_dout = _load_block(p_dout + i_token * s_ds, o_token_q, s_ds, m_q, HEAD_SIZE, D, Q_MASKED)
             if Q_MASKED:
                 b_lse = tl.load(lse_log2 + i_rows + o_q, mask=m_q, other=float("inf"))
                 b_delta = tl.load(delta + i_rows + o_q, mask=m_q, other=0.0)
