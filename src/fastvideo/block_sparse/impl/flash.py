@@ -25,7 +25,8 @@ from fastvideo.block_sparse.impl.slots import (
     tile_rejections,
     tokens_that_see_nothing,
 )
-from fastvideo.block_sparse.pattern import BlockPattern
+from fastvideo.block_sparse.pattern import BlockPattern, InvertedLists
+from fastvideo.platforms.triton_support import runs_triton
 
 PACKAGE = "flash-attn-4"
 # The second compiles the first one's kernels.
@@ -71,15 +72,23 @@ def _forward_lists(pattern: BlockPattern) -> Any:
 
 
 def _backward_lists(pattern: BlockPattern) -> Any:
-    """For each key tile the query tiles that see it, ascending, and behind them those that don't."""
-    sees = pattern.tile_mask().transpose(-1, -2).contiguous()
-    tiles = torch.arange(sees.shape[-1], dtype=torch.int32, device=sees.device)
-    seen = sees.cumsum(-1, dtype=torch.int32)
-    counts = seen[..., -1]
-    # Counted and not sorted, which takes longer.
-    places = torch.where(sees, seen - 1, counts[..., None] + tiles - seen)
-    indices = torch.empty_like(places).scatter_(-1, places.long(), tiles.expand_as(places))
-    return _sparse_tensors(counts, indices)
+    """For each key tile the query tiles that see it, ascending."""
+    inverted = _invert(pattern)
+    num_query_tiles = pattern.query_tiles.num_tiles
+    first = inverted.offsets[..., :-1, None]
+    places = first + torch.arange(num_query_tiles, dtype=torch.int32, device=first.device)
+    # What follows a list is not read.
+    entries = places.clamp(max=inverted.query_tiles.shape[-1] - 1).flatten(-2).long()
+    indices = inverted.query_tiles.gather(-1, entries).unflatten(-1, places.shape[-2:])
+    return _sparse_tensors(inverted.offsets.diff(dim=-1), indices)
+
+
+def _invert(pattern: BlockPattern) -> InvertedLists:
+    if not runs_triton(pattern.indices.device):
+        return pattern.invert()
+    from fastvideo.block_sparse.impl.triton.launch import inverted_lists
+
+    return inverted_lists(pattern)
 
 
 def _pack(
