@@ -1,8 +1,8 @@
 """Video Sparse Attention once its tiles are chosen: the fine part, the text's attention and the gated coarse part.
 
-One custom op with an autograd formula. The coarse part is added to the fine output where that lies, so what the backward
-needs beside inputs and output is the log-sum-exp and the lists: it takes the coarse part off the output again, since
-`delta = rowsum(dout * fine)` is that of the fine output alone.
+One custom op with an autograd formula. The coarse part is added in the epilogue of implementations that can (`forward_into`),
+else to the fine output where that lies. What the backward needs beside inputs and output is the log-sum-exp and the lists: it
+takes the coarse part off the output again, since `delta = rowsum(dout * fine)` is that of the fine output alone.
 
 Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D head size.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvideo.block_sparse.eager import eager_function, function_of
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
-from fastvideo.block_sparse.impl import Implementation, choose_implementation, load_implementation
+from fastvideo.block_sparse.impl import GatedTiles, Implementation, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import device_of, runs_triton
@@ -129,22 +129,40 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """The custom op behind `attend_to_tiles`: the output and the log-sum-exp, `[B, S + R, Hq]`."""
     call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
+    added = None if coarse is None or gate is None else GatedTiles(gate, coarse)
     with torch.autocast(query.device.type, enabled=False):
-        fine, lse = call.video.forward(call.split(query)[0], key, value, call.video_pattern, scale)
-        if not num_replicated:
+        if not num_replicated and call.video.forward_into is None:
+            fine, lse = call.video.forward(query, key, value, call.video_pattern, scale)
             return _add_gated(fine, coarse, gate, fine, call.geometry), lse
-        out, all_lse = torch.empty_like(query, memory_format=torch.contiguous_format), lse.new_empty(query.shape[:3])
-        (video_out, text_out), (video_lse, text_lse) = call.split(out), call.split(all_lse)
-        if gate is None:
-            video_out.copy_(fine)
-        else:
-            _add_gated(fine, coarse, gate, video_out, call.geometry)
-        video_lse.copy_(lse)
-        del fine, lse
-        text, lse = call.text.forward(call.split(query)[1], key, value, call.text_pattern, scale)
-        text_out.copy_(text)
-        text_lse.copy_(lse)
-        return out, all_lse
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+        queries, outs, sums = call.split(query), call.split(out), call.split(lse)
+        _write(call.video, (queries[0], key, value), call.video_pattern, scale, outs[0], sums[0], added, call.geometry)
+        if num_replicated:
+            _write(call.text, (queries[1], key, value), call.text_pattern, scale, outs[1], sums[1], None, call.geometry)
+        return out, lse
+
+
+def _write(
+    implementation: Implementation,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    pattern: BlockPattern,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    added: GatedTiles | None,
+    geometry: VideoGeometry,
+) -> None:
+    """Write attention, plus what is to be added, to rows of the whole call's output and log-sum-exp."""
+    if implementation.forward_into is not None:
+        implementation.forward_into(*inputs, pattern, scale, out, lse, added)
+        return
+    fine, fine_lse = implementation.forward(*inputs, pattern, scale)
+    lse.copy_(fine_lse)
+    if added is None:
+        out.copy_(fine)
+    else:
+        _add_gated(fine, added.coarse, added.gate, out, geometry)
 
 
 _forward_op = torch.library.custom_op("fastvideo::video_sparse_fine", run_forward, mutates_args=())

@@ -10,12 +10,14 @@ import itertools
 import pickle
 import types
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from fastvideo.block_sparse import BlockPattern, TileLayout, video_geometry
+from fastvideo.block_sparse.impl import GatedTiles
 from fastvideo.block_sparse.impl.hopper import launch, packing, plan, queues
 from fastvideo.testing import assert_op_within_budget, reference_attention
 from fastvideo.video import TileGrid
@@ -355,7 +357,16 @@ def forward_in_torch(**a: Any) -> None:
         weights = (scores * 0.6931471805599453 - lse[:, None]).exp().nan_to_num(0.0)
         # Masked weights are 0, which a value that isn't finite would not survive: pads have to be zero.
         assert v.isfinite().all()
-        a["out"][i_b, token[real], i_h] = (weights @ v)[real].to(a["out"].dtype)
+        out = weights @ v
+        if a["gate"] is not None:
+            assert a["NUM_TILES"] == a["coarse"].shape[1]
+            # As the kernel finds it: by strides, and the tile of a row's granule.
+            gate = a["gate"].as_strided(a["out"].shape, (a["s_gb"], a["s_gs"], a["s_gh"], 1))
+            tiles = a["block_tiles"][block].repeat_interleave(16).clamp(min=0).long()
+            out += own_rows(gate, i_b, i_h, token) * a["coarse"][i_b, tiles, i_h].float()
+        assert a["out"].stride(0) == a["NUM_ROWS"] * a["HEADS"] * a["D"]
+        assert a["lse"].stride(0) == a["NUM_ROWS"] * a["HEADS"]
+        a["out"][i_b, token[real], i_h] = out[real].to(a["out"].dtype)
         a["lse"][i_b, token[real], i_h] = lse[real]
 
 
@@ -428,6 +439,35 @@ def kernels_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_num_programs", lambda device: 132)
     monkeypatch.setattr(launch.torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(launch, "_SCRATCH_BYTES", 1 << 18)
+
+
+@pytest.mark.usefixtures("kernels_in_torch")
+@pytest.mark.parametrize("shape", ["even_64", "even_128", "even_16", "edges", "large_and_small", "one_token"])
+def test_gate_in_the_forward(shape: str) -> None:
+    """Into rows among others, from a gate among other columns, and from one that 16 bytes at a time don't reach."""
+    query_sizes, key_sizes, batch, heads = SHAPES[shape]
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    num_queries, num_keys = sum(query_sizes), sum(key_sizes)
+    query, key, value = (randn(batch, n, heads, 64).half() for n in (num_queries, num_keys, num_keys))
+    coarse = randn(batch, len(query_sizes), heads, 64)
+    pattern = make_pattern(shape, ordered=True)
+    fine, lse = launch.forward(query, key, value, pattern, 0.3)
+    tile_of_token = torch.empty(num_queries, dtype=torch.long)
+    tile_of_token[pattern.query_tiles.order] = torch.arange(len(query_sizes)).repeat_interleave(torch.tensor(query_sizes))
+    for room in (64, 72):
+        gate = randn(batch, num_queries, heads, room).half()[..., :64]
+        out, sums = (
+            torch.full((batch, num_queries + 3, heads, 64), torch.nan).half(),
+            torch.full((batch, num_queries + 3, heads), 7.0),
+        )
+        launch.forward_into(
+            *(query, key, value, pattern, 0.3, out[:, :num_queries], sums[:, :num_queries]), GatedTiles(gate, coarse)
+        )
+        expected = fine.float() + gate.float() * coarse[:, tile_of_token]
+        torch.testing.assert_close(out[:, :num_queries].float(), expected, atol=2e-3, rtol=2e-3)
+        assert torch.equal(sums[:, :num_queries], lse)
+        assert out[:, num_queries:].isnan().all()
+        assert (sums[:, num_queries:] == 7).all()
 
 
 class Attention(torch.autograd.Function):

@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 # Bytes of spills that a kernel may have outside its loops of products, where they cost a few cycles a block; and how many
 # instructions that spill or reload a turn of such a loop may have. Triton 3.6 is what the kernels were tuned with.
-SPILL_BUDGET = {"fwd": 0, "bwd_dq": 0, "bwd_dkdv": 256}
-SPILL_BUDGET_LATER = {"fwd": 160, "bwd_dq": 320, "bwd_dkdv": 288}
+SPILL_BUDGET = {"fwd": 0, "gated fwd": 0, "bwd_dq": 0, "bwd_dkdv": 256}
+SPILL_BUDGET_LATER = {"fwd": 160, "gated fwd": 208, "bwd_dq": 320, "bwd_dkdv": 288}
 LOOP_SPILLS, LOOP_SPILLS_LATER = 0, 8
 # Shared memory that one program of sm_90 can have.
 SHARED_LIMIT = 232_448
-INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "queues", "ends", "lengths")
+INTEGERS = ("rows", "masks", "meta", "counts", "row_token", "arrivals", "queues", "ends", "lengths", "block_tiles")
 NUMBERS = ("first_head", "max_blocks")
-LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue")
+LISTS_AND_ROWS = ("query", "out", "dout", "dquery", "dkey", "dvalue", "gate", "coarse")
 
 
 def signature_of(kernel: Any, head_size: int, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -55,19 +55,22 @@ def signature_of(kernel: Any, head_size: int, dtype: str, constants: dict[str, A
 
 
 def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **constants: Any) -> Compiled:
-    """Compile a kernel of products for sm_90a as a launch would."""
+    """Compile a kernel of products, or `"gated fwd"`, for sm_90a as a launch would."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from fastvideo.block_sparse.impl.hopper import backward_kernels, forward_kernel, launch
 
+    is_gated, name = name.startswith("gated"), name.removeprefix("gated ")
     kernel = getattr(forward_kernel if name == "fwd" else backward_kernels, f"block_sparse_{name}_kernel")
     table = {"fwd": launch.FWD, "bwd_dq": launch.DQ, "bwd_dkdv": launch.DKDV}[name][head_size]
     defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": launch._LOOKS, "GROUP": 1, **table}
     if name != "bwd_dkdv":
         del defaults["GROUP"]
+    if not is_gated:
+        defaults |= dict.fromkeys(("gate", "coarse", "block_tiles"))
     constants = {key: value for key, value in (defaults | constants).items() if key in kernel.arg_names}
     signature = signature_of(kernel, head_size, dtype, constants)
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or re.match("s_[qkvd][bsh]$", n)]
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or re.match("s_[qkvdg][bsh]$", n)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     return run_compiler(GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes), folder, num_warps=4)
 
@@ -110,6 +113,7 @@ def overwritten_operands(loop: list[str]) -> set[int]:
 ALONE = {"IN_STEP": 0}
 CASES: dict[str, list[tuple[int, dict[str, int]]]] = {
     "fwd": [(64, {}), (64, ALONE), (128, {}), (128, ALONE), (128, {"BOX_TOKENS": 60})],
+    "gated fwd": [(64, {}), (128, {}), (128, {"BOX_TOKENS": 60})],
     "bwd_dq": [(64, {}), (64, ALONE), (128, {}), (128, ALONE), (128, {"BOX_TOKENS": 60})],
     "bwd_dkdv": [(64, {}), (128, {}), (128, {"GROUP": 4})],
 }
@@ -141,9 +145,24 @@ def test_compiles_for_hopper(name: str, case: int, tmp_path: Path) -> None:
         waits = [i for i, op in enumerate(loop) if re.search(r"DEPBAR.LE\s+gsb0, 0x0", op)]
         assert products
         assert len(exponentials) >= 32
-        if name == "fwd":
+        if name.endswith("fwd"):
             assert len(waits) == 1
             assert waits[0] > max(exponentials)
+    # Rows of the gate take the place of queries that all warps have read, and are read when those of all warps have come.
+    copies = [i for i, (_, op) in enumerate(result.sass) if "LDGDEPBAR" in op]
+    assert len(copies) == (2 if name == "gated fwd" else 0)
+    for copy in copies:
+        before = [op for _, op in result.sass[:copy]]
+        assert last_of("BAR.SYNC", before) > last_of("LDSM", before)
+        after = [op for _, op in result.sass[copy:]]
+        arrived = next(i for i, op in enumerate(after) if "DEPBAR.LE SB0" in op)
+        read = next(i for i in range(arrived, len(after)) if "LDSM" in after[i])
+        assert any("BAR.SYNC" in op for op in after[arrived:read])
+
+
+def last_of(name: str, ops: list[str]) -> int:
+    """Place of the last instruction of that name."""
+    return max(i for i, op in enumerate(ops) if name in op)
 
 
 def test_half_precision_compiles(tmp_path: Path) -> None:
@@ -197,6 +216,7 @@ def test_names_of_gluon_that_differ_are_found() -> None:
 
 _HOPPER = "fastvideo.block_sparse.impl.hopper"
 COMPILED = {
-    *(f"{_HOPPER}.{'forward_kernel' if name == 'fwd' else 'backward_kernels'}.block_sparse_{name}_kernel" for name in CASES),
+    f"{_HOPPER}.forward_kernel.block_sparse_fwd_kernel",
+    *(f"{_HOPPER}.backward_kernels.block_sparse_{name}_kernel" for name in CASES if name.startswith("bwd")),
     *(f"{_HOPPER}.{module}.{case.split()[0]}" for case, (module, *_) in FEEDING.items()),
 }

@@ -10,6 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +24,21 @@ Backward = Callable[
 ]
 
 
+class GatedTiles(NamedTuple):
+    """What a forward may add to its output rows before it rounds them: `gate * coarse[tile of the query]`.
+
+    Attributes:
+        gate: `[B, S, Hq, D]` in query's dtype.
+        coarse: `[B, N, Hq, D]`, floating point, a row for each query tile.
+    """
+
+    gate: Tensor
+    coarse: Tensor
+
+
+ForwardInto = Callable[[Tensor, Tensor, Tensor, BlockPattern, float, Tensor, Tensor, GatedTiles | None], None]
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One implementation of block-sparse attention. All tensors are in token order, BSHD.
@@ -34,11 +50,15 @@ class Implementation:
         backward: `(dout, dlse or None, query, key, value, out, lse, pattern, scale)` to `(dquery, dkey, dvalue)` in the
             inputs' shapes and dtypes. With `delta = rowsum(dout * out) - dlse`, the gradient of the scores is
             `exp(score - lse) * (dout @ value^T - delta)`.
+        forward_into: `(query, key, value, pattern, scale, out, lse, added)`: `forward` into tensors of the caller, of which
+            only batches may lie apart, as many rows in `out` as in `lse`; with `added` the output is
+            `fine + gate * coarse[tile of the query]`, summed in fp32 and rounded once. None for an implementation that can't.
     """
 
     rejections: Rejections
     forward: Forward
     backward: Backward
+    forward_into: ForwardInto | None = None
 
 
 IMPLEMENTATIONS: dict[str, str] = {

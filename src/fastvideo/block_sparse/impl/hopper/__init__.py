@@ -5,7 +5,7 @@ cores, and keys of partial tiles are loaded granule by granule. Output and gradi
 inputs. Where small query tiles share a block, a NaN or infinity in a key tile that one of them lists reaches the others.
 
 The parts: `packing` (rows), `plan` (what each block walks), `queues` (which blocks a consumer of the backward works on),
-`forward_kernel`, `backward_kernels`, `launch`.
+`forward_kernel` and its `epilogue`, `backward_kernels`, `launch`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.impl import Implementation
+from fastvideo.block_sparse.impl import GatedTiles, Implementation
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import has_triton
 
@@ -72,6 +72,22 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
     return launch.forward(query, key, value, pattern, scale)
 
 
+def forward_into(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    added: GatedTiles | None,
+) -> None:
+    """See `Implementation.forward_into`."""
+    from fastvideo.block_sparse.impl.hopper import launch
+
+    launch.forward_into(query, key, value, pattern, scale, out, lse, added)
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -89,4 +105,4 @@ def backward(
     return launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
 
 
-IMPLEMENTATION = Implementation(rejections, forward, backward)
+IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into)

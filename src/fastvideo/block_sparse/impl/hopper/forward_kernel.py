@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastvideo.block_sparse.impl.hopper.epilogue import write_block
+from fastvideo.block_sparse.impl.hopper.epilogue import fetch_gate, write_block
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
 
 
@@ -156,6 +156,7 @@ def _consumer(
     buffers,
     work,
     tensors,
+    gated,
     WG: gl.constexpr,
     K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
@@ -163,7 +164,7 @@ def _consumer(
     BOX_TOKENS: gl.constexpr,
 ):
     q_s, k_s, v_s, k_full, k_empty, v_full, v_empty = buffers
-    masks, meta, counts, row_token, num_heads, s_plan, s_masks, first_head, HEADS, NUM_QUERIES = work
+    masks, meta, counts, row_token, num_heads, s_plan, s_masks, first_head, HEADS, NUM_ROWS = work
     query, out, lse, s_qb, s_qs, s_qh, scale_log2 = tensors
     scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     result: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -203,6 +204,9 @@ def _consumer(
         o_query = gl.expand_dims(o_token.to(gl.int64) * s_qs, 1) + o_d
         staging.store(gl.load(p_query + o_query, mask=m_row, other=0.0))
         b_q = staging.load(q_operand)
+        o_tile = None
+        if gated[0] is not None:
+            o_tile = fetch_gate(gated, staging, i_b, i_h, i_block, o_token, D, memory, result)
         b_max = gl.full([64], -float("inf"), gl.float32, score_rows)
         b_sum = gl.zeros([64], gl.float32, score_rows)
         b_out = gl.zeros([64, D], gl.float32, result)
@@ -255,10 +259,14 @@ def _consumer(
             mbarrier.arrive(v_empty.index(i_v))
         num_done += num_steps
         sums = (b_out, b_max, b_sum)
-        write_block(sums, staging, (out, lse), i_b, i_h, o_token, o_lse, HEADS, NUM_QUERIES, D, memory)
+        write_block(sums, out, lse, gated, staging, i_b, i_h, o_tile, o_token, o_lse, HEADS, NUM_ROWS, D, memory)
 
 
-@gluon.jit(do_not_specialize=["num_heads", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "GROUP", "NUM_QUERIES"])
+@gluon.jit(
+    do_not_specialize=["num_heads", "s_plan", "s_rows", "s_masks", "first_head", "HEADS", "GROUP", "NUM_ROWS", "NUM_TILES"],
+    # Rows of text behind those of a video begin anywhere.
+    do_not_specialize_on_alignment=["lse"],
+)
 def block_sparse_fwd_kernel(
     key_boxes,
     value_boxes,
@@ -273,6 +281,9 @@ def block_sparse_fwd_kernel(
     query,
     out,
     lse,
+    gate,
+    coarse,
+    block_tiles,
     num_heads,
     s_plan,
     s_rows,
@@ -280,13 +291,17 @@ def block_sparse_fwd_kernel(
     first_head,
     HEADS,
     GROUP,
-    NUM_QUERIES,
+    NUM_ROWS,
     s_row_b,
     s_row_h,
     s_column_h,
     s_qb,
     s_qs,
     s_qh,
+    s_gb,
+    s_gs,
+    s_gh,
+    NUM_TILES,
     scale_log2,
     D: gl.constexpr,
     K_STAGES: gl.constexpr,
@@ -298,7 +313,8 @@ def block_sparse_fwd_kernel(
 ):
     """Output `[B, S_q, Hq, D]` and natural log-sum-exp `[B, S_q, Hq]` of `num_heads` heads from `first_head` on.
 
-    Heads are counted through the batch. `meta` has `s_plan` rows of 6 a head (0 where all share one plan).
+    Heads are counted through the batch. `meta` has `s_plan` rows of 6 a head (0 where all share one plan). With `gate`,
+    `[B, S_q, Hq, D]`, the output is that of attention plus gate times `coarse`, `[B, NUM_TILES, Hq, D]`, of the row's tile.
     """
     dtype: gl.constexpr = query.dtype.element_ty
     q_s = gl.allocate_shared_memory(dtype, [2, 64, D], key_boxes.layout)
@@ -316,16 +332,17 @@ def block_sparse_fwd_kernel(
         mbarrier.init(v_empty.index(i), count=1)
     fence_async_shared()
     buffers = (q_s, k_s, v_s, k_full, k_empty, v_full, v_empty)
-    work = (masks, meta, counts, row_token, num_heads, s_plan, s_masks, first_head, HEADS, NUM_QUERIES)
+    work = (masks, meta, counts, row_token, num_heads, s_plan, s_masks, first_head, HEADS, NUM_ROWS)
     tensors = (query, out, lse, s_qb, s_qs, s_qh, scale_log2)
+    gated = (gate, coarse, block_tiles, s_gb, s_gs, s_gh, NUM_TILES)
     keys = (key_boxes, key_granules, k_s, k_full, k_empty)
     values = (value_boxes, value_granules, v_s, v_full, v_empty)
     walks = (rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP)
     places = (s_row_b, s_row_h, s_column_h)
     gl.warp_specialize(
         [
-            (_consumer, (buffers, work, tensors, 0, K_STAGES, V_STAGES, D, BOX_TOKENS)),
-            (_consumer, (buffers, work, tensors, 1, K_STAGES, V_STAGES, D, BOX_TOKENS)),
+            (_consumer, (buffers, work, tensors, gated, 0, K_STAGES, V_STAGES, D, BOX_TOKENS)),
+            (_consumer, (buffers, work, tensors, gated, 1, K_STAGES, V_STAGES, D, BOX_TOKENS)),
             (_producer, (keys, walks, places, 0, K_STAGES, D, IN_STEP)),
             (_producer, (keys, walks, places, 1, K_STAGES, D, IN_STEP)),
             (_producer, (values, walks, places, 0, V_STAGES, D, 0)),

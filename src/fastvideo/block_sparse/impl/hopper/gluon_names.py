@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["TensorDescriptor", "tma_load"]
+__all__ = ["TensorDescriptor", "copy_rows", "tma_load"]
 
 # Named by its direction in Triton 3.6 to 3.8, by what it does later; the old name then raises.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from fastvideo.block_sparse.impl import GatedTiles
 from fastvideo.block_sparse.impl.hopper import backward_kernels as bwd
 from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
 from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
@@ -189,13 +190,48 @@ def _kernel_scale(scale: float) -> float:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
     """See `Implementation.forward`."""
-    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
-    batch, num_queries, num_heads, head_size = query.shape
-    kv_heads, group = key.shape[2], num_heads // key.shape[2]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    forward_into(query, key, value, pattern, scale, out, lse, None)
+    return out, lse
+
+
+def _gated(added: GatedTiles | None, own: PackedLayout) -> dict[str, Any]:
+    """The arguments by which the forward kernel finds gate and coarse output."""
+    if added is None:
+        return {**dict.fromkeys(("gate", "coarse", "block_tiles")), **dict.fromkeys(("s_gb", "s_gs", "s_gh", "NUM_TILES"), 0)}
+    gate, coarse = added.gate, added.coarse.contiguous()
+    strides = [0 if size == 1 else stride for size, stride in zip(gate.shape, gate.stride(), strict=True)]
+    # The kernel copies 16 bytes at a time.
+    if strides[3] != 1 or gate.data_ptr() % 16 or any(stride % 16 for stride in strides[:3]):
+        gate = gate.clone(memory_format=torch.contiguous_format)
+        strides = list(gate.stride())
+    return {
+        "gate": gate,
+        "coarse": coarse,
+        "block_tiles": own.block_tiles,
+        **dict(zip(("s_gb", "s_gs", "s_gh"), strides, strict=False)),
+        "NUM_TILES": coarse.shape[1],
+    }
+
+
+def forward_into(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    added: GatedTiles | None,
+) -> None:
+    """See `Implementation.forward_into`."""
+    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+    batch, _, num_heads, head_size = query.shape
+    kv_heads, group = key.shape[2], num_heads // key.shape[2]
     with torch.cuda.device(query.device):
         own, walked = _pack_layouts(pattern)
+        gated = _gated(added, own)
         in_place = _in_place(key, value, walked) if scale > 0 else None
         head_bytes = _plan_bytes(pattern, own, walked) * group
         head_bytes += 0 if in_place else 2 * walked.max_rows * head_size * key.itemsize
@@ -220,7 +256,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
                 first_head=first_head,
                 HEADS=num_heads,
                 GROUP=group,
-                NUM_QUERIES=num_queries,
+                NUM_ROWS=out.stride(0) // (num_heads * head_size),
                 s_row_b=keys.s_row_b,
                 s_row_h=keys.s_row_h,
                 s_column_h=keys.s_column_h,
@@ -231,9 +267,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
                 **_strides(q=query),
                 **_walk(plan, own),
                 **_arrivals(programs, rows, key, pattern, walked),
+                **gated,
                 **FWD[head_size],
             )
-    return out, lse
 
 
 @dataclass(frozen=True)
