@@ -79,7 +79,7 @@ def _backward_lists(pattern: BlockPattern) -> Any:
     places = first + torch.arange(num_query_tiles, dtype=torch.int32, device=first.device)
     # What follows a list is not read.
     entries = places.clamp(max=inverted.query_tiles.shape[-1] - 1).flatten(-2).long()
-    indices = inverted.query_tiles.gather(-1, entries).unflatten(-1, places.shape[-2:])
+    indices = inverted.query_tiles.gather(-1, entries).view_as(places)
     return _sparse_tensors(inverted.offsets.diff(dim=-1), indices)
 
 
