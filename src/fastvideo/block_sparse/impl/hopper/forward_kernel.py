@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastvideo.block_sparse.impl.hopper.epilogue import fetch_gate, write_block
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
+from fastvideo.block_sparse.impl.hopper.rescale import rescale
 
 
 @gluon.jit
@@ -237,7 +238,7 @@ def _consumer(
                     word_0 = gl.load(p_masks + i_step * 2)
                     word_1 = gl.load(p_masks + i_step * 2 + 1)
                 b_st = warpgroup_mma(b_q, k_s.index(i_k).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                b_out = b_out * gl.expand_dims(gl.convert_layout(b_shrink, result_rows), 1)
+                b_out = rescale(b_out, gl.convert_layout(b_shrink, result_rows), D)
                 mbarrier.wait(v_full.index(i_v), ((i_use - 1) // V_STAGES) & 1)
                 b_ot = warpgroup_mma(b_po, v_s.index(i_v), b_out, is_async=True)
                 b_s = warpgroup_mma_wait(1, deps=(b_st,))
@@ -252,7 +253,7 @@ def _consumer(
                 b_po = gl.convert_layout(b_p.to(dtype), p_operand)
             i_last = num_done + num_steps - 1
             i_v = WG * V_STAGES + i_last % V_STAGES
-            b_out = b_out * gl.expand_dims(gl.convert_layout(b_shrink, result_rows), 1)
+            b_out = rescale(b_out, gl.convert_layout(b_shrink, result_rows), D)
             mbarrier.wait(v_full.index(i_v), (i_last // V_STAGES) & 1)
             b_ot = warpgroup_mma(b_po, v_s.index(i_v), b_out, is_async=True)
             b_out = warpgroup_mma_wait(0, deps=(b_ot,))
