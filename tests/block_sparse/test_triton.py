@@ -83,7 +83,7 @@ def test_listed_before_the_portable_one() -> None:
 
 
 TYPES = {
-    **dict.fromkeys(("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue"), "*bf16"),
+    **dict.fromkeys(("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue", "gate", "coarse"), "*bf16"),
     **dict.fromkeys(("indices", "counts", "q_offsets", "k_offsets", "q_order", "k_order", "list_offsets", "lists"), "*i32"),
     "tile_order": "*i32",
     **dict.fromkeys(("lse", "dlse", "lse_log2", "delta"), "*fp32"),
@@ -91,7 +91,7 @@ TYPES = {
     "offsets": "*i32",
     "marks": "*u8",
 }
-PRODUCTS = ("fwd", "bwd_dq", "bwd_dkdv")
+PRODUCTS = ("fwd", "fwd without a gate", "bwd_dq", "bwd_dkdv")
 # Kernels without a product: constants, as the launch gives them.
 OTHERS = {
     "bwd_rows": {"HEAD_SIZE": 128, "D": 128, "M": 64},
@@ -112,6 +112,8 @@ COMPILED = {
 def test_compiles_for_hopper(kernel: str, head_size: int, tmp_path: Path) -> None:
     from fastvideo.block_sparse.impl.triton import kernels, launch
 
+    absent = ("correction",) if kernel == "fwd" else ("correction", "gate", "coarse")
+    kernel = kernel.split()[0]
     blocks = launch.choose_blocks(kernel.removeprefix("bwd_"), head_size, torch.bfloat16, 64, 64)
     constants = {
         "HEAD_SIZE": head_size,
@@ -120,7 +122,7 @@ def test_compiles_for_hopper(kernel: str, head_size: int, tmp_path: Path) -> Non
         "N": blocks.n,
         "PRECISION": "ieee",
         "SCALE_IS_POSITIVE": True,
-        "correction": None,
+        **dict.fromkeys(absent),
         **{f"{side}_{name}": value for side in "QK" for name, value in (("TILE", 64), ("UNIFORM", True), ("MASKED", False))},
         "Q_SLOT": min(64, blocks.m),
         "K_SLOT": min(64, blocks.n),
@@ -129,7 +131,7 @@ def test_compiles_for_hopper(kernel: str, head_size: int, tmp_path: Path) -> Non
         constants["GROUP"] = 1
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     function = getattr(kernels, f"block_sparse_{kernel}_kernel")
-    result = compile_triton(function, constants, TYPES, tmp_path, strides="s_[qkvd]", **options)
+    result = compile_triton(function, constants, TYPES, tmp_path, strides="s_[qkvdg]", **options)
     assert result.spilled <= SPILL_BUDGET
     assert not result.warnings
     assert "wgmma.mma_async" in result.ptx

@@ -5,12 +5,15 @@ The interpreter has to be switched on before the kernels are defined: `TRITON_IN
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from fastvideo.block_sparse import BlockPattern, TileLayout
-from fastvideo.block_sparse.impl import choose_implementation
+from fastvideo.block_sparse.impl import GatedTiles, choose_implementation
 from fastvideo.block_sparse.impl.triton import launch
+from fastvideo.testing import assert_within_budget
 
 from .engine_cases import EngineCases
 
@@ -67,6 +70,33 @@ def test_equal_scores_and_strided_inputs() -> None:
     inputs["key"] = inputs["key"].transpose(1, 3).contiguous().transpose(1, 3)
     inputs["value"] = inputs["value"].transpose(1, 2).contiguous().transpose(1, 2)
     check(inputs, make_pattern("sixty"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["one_token", "uniform", "ragged", "text", "pieces", "big_head"])
+def test_gate_in_the_forward(shape: str, dtype: torch.dtype) -> None:
+    """Into rows among others, from a gate among other columns that are NaN; rows that see nothing get gate times coarse."""
+    query_sizes, _, batch, heads, _, head_size = SHAPES[shape]
+    pattern, inputs = make_pattern(shape), make_inputs(shape, dtype)
+    num_queries = sum(query_sizes)
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    gate = randn(batch, num_queries, heads, head_size + 3).to(dtype)
+    gate[..., head_size:] = torch.nan
+    gate, coarse = gate[..., :head_size], randn(batch, len(query_sizes), heads, head_size).to(dtype)
+    out = torch.full((batch, num_queries + 5, heads, head_size), torch.nan, dtype=dtype)
+    lse = torch.full(out.shape[:3], torch.nan)
+    own = slice(2, num_queries + 2)
+    fine, fine_lse = launch.forward(*inputs.values(), pattern, 0.3)
+    launch.forward_into(*inputs.values(), pattern, 0.3, out[:, own], lse[:, own], GatedTiles(gate, coarse))
+    tile_of_token = torch.empty(num_queries, dtype=torch.long)
+    tile_of_token[pattern.query_tiles.order] = torch.arange(len(query_sizes)).repeat_interleave(torch.tensor(query_sizes))
+    product = gate.float() * coarse[:, tile_of_token].float()
+    assert_within_budget(out[:, own], fine.double() + product.double(), fine + product.to(dtype))
+    seen = fine_lse != -torch.inf
+    assert torch.equal(out[:, own][~seen], product[~seen].to(dtype))
+    assert len(query_sizes) == 1 or not seen.all()
+    assert torch.equal(lse[:, own], fine_lse)
+    assert all(x[:, :2].isnan().all() and x[:, num_queries + 2 :].isnan().all() for x in (out, lse))
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.impl import Implementation
+from fastvideo.block_sparse.impl import GatedTiles, Implementation
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import has_triton
 
@@ -56,6 +56,22 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
     return launch.forward(query, key, value, pattern, scale)
 
 
+def forward_into(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    added: GatedTiles | None,
+) -> None:
+    """See `Implementation.forward_into`."""
+    from fastvideo.block_sparse.impl.triton import launch
+
+    launch.forward_into(query, key, value, pattern, scale, out, lse, added)
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -73,4 +89,4 @@ def backward(
     return launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
 
 
-IMPLEMENTATION = Implementation(rejections, forward, backward)
+IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into)

@@ -113,13 +113,19 @@ def _store_block(p_base, o_token, s_token, m_rows, b_block, HEAD_SIZE: tl.conste
     tl.store(p_block, b_block.to(p_base.dtype.element_ty), mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :])
 
 
-@triton.jit(do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_QUERIES", "HEADS", "GROUP", "s_ib", "s_ih"])
+@triton.jit(
+    do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_ROWS", "HEADS", "GROUP", "s_ib", "s_ih"],
+    # Rows of text behind those of a video begin anywhere.
+    do_not_specialize_on_alignment=["lse"],
+)
 def block_sparse_fwd_kernel(
     query,
     key,
     value,
     out,
     lse,
+    gate,
+    coarse,
     indices,
     counts,
     q_offsets,
@@ -136,11 +142,14 @@ def block_sparse_fwd_kernel(
     s_vb,
     s_vs,
     s_vh,
+    s_gb,
+    s_gs,
+    s_gh,
     s_ib,
     s_ih,
     WIDTH,
     NUM_Q_TILES,
-    NUM_QUERIES,
+    NUM_ROWS,
     HEADS,
     GROUP,
     HEAD_SIZE: tl.constexpr,
@@ -158,6 +167,8 @@ def block_sparse_fwd_kernel(
 ):
     """Output `[B, S_q, Hq, D]` and natural log-sum-exp `[B, S_q, Hq]`, one block of query rows a program.
 
+    With `gate`, `[B, S_q, Hq, D]`, the output is that of attention plus gate times `coarse`, `[B, NUM_Q_TILES, Hq, D]`, of the
+    row's tile. Samples of `out` and `lse` are `NUM_ROWS` rows apart.
     `indices` has strides `s_ib`, `s_ih` (0 where shared) and contiguous lists of `WIDTH` entries; a list's place
     divided by `WIDTH` is its count's place.
     """
@@ -209,7 +220,13 @@ def block_sparse_fwd_kernel(
     m_seen = b_sum > 0.0
     b_out = b_out * (1.0 / tl.where(m_seen, b_sum, 1.0))[:, None]
     b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * _LN2, -float("inf"))
-    o_row = (i_b * NUM_QUERIES + o_token) * HEADS + i_h
+    if gate is not None:
+        o_d = tl.arange(0, D)
+        p_coarse = coarse + ((i_b * NUM_Q_TILES + i_tile) * HEADS + i_h) * HEAD_SIZE
+        b_coarse = tl.load(p_coarse + o_d, mask=o_d < HEAD_SIZE, other=0.0).to(tl.float32)
+        b_gate = _load_block(gate + i_b * s_gb + i_h * s_gh, o_token, s_gs, m_q, HEAD_SIZE, D, True)
+        b_out += b_coarse[None, :] * b_gate.to(tl.float32)
+    o_row = (i_b * NUM_ROWS + o_token) * HEADS + i_h
     tl.store(lse + o_row, b_lse, mask=m_q)
     _store_block(out, o_row, HEAD_SIZE, m_q, b_out, HEAD_SIZE, D)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from fastvideo.block_sparse.impl import GatedTiles
 from fastvideo.block_sparse.impl.triton import kernels
 from fastvideo.block_sparse.pattern import BlockPattern, InvertedLists, TileLayout
 
@@ -142,12 +143,32 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
     """See `Implementation.forward`."""
-    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    forward_into(query, key, value, pattern, scale, out, lse, None)
+    return out, lse
+
+
+def forward_into(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    added: GatedTiles | None,
+) -> None:
+    """See `Implementation.forward_into`."""
+    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    gated: dict[str, Any] = {"gate": None, "coarse": None, "s_gb": 0, "s_gs": 0, "s_gh": 0}
+    if added is not None:
+        gate = _rows_contiguous(added.gate)
+        gated = {"gate": gate, "coarse": added.coarse.contiguous(), **_strides(g=gate)}
     sizes = pattern.query_tiles.max_size, pattern.key_tiles.max_size
     blocks = choose_blocks("fwd", query.shape[3], query.dtype, *sizes)
     num_programs, walk = _walk_keys(query, key, pattern, blocks)
+    del walk["NUM_QUERIES"]
     with _on(query.device):
         kernels.block_sparse_fwd_kernel[(num_programs,)](
             query=query,
@@ -157,10 +178,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
             lse=lse,
             scale_log2=scale * _LOG2E,
             SCALE_IS_POSITIVE=scale > 0,
+            NUM_ROWS=out.stride(0) // out.shape[2:].numel(),
             **_strides(q=query, k=key, v=value),
+            **gated,
             **walk,
         )
-    return out, lse
 
 
 def _row_sums(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
