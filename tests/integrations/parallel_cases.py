@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import NAMES, call, call_with_gradients, convert, make
+from tiny_models import SHARED, call, call_with_gradients, convert, make
 
 from fastvideo.integrations.diffusers import (
     AttentionPolicy,
@@ -202,7 +202,7 @@ def main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=90))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ulysses",))
-    report = {name: run(family, name, mesh) for name in NAMES}
+    report = {name: run(family, name, mesh) for name in SHARED}
     report["recomputed and compiled"] = run(recomputed_and_compiled, mesh)
     report["uneven shards"] = run(uneven, mesh)
     report["other layouts"] = run(other_layouts, mesh)

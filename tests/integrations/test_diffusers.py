@@ -19,7 +19,7 @@ from fastvideo.attention.backends.video_sparse_attn import (
 from fastvideo.integrations.diffusers import AttentionPolicy, Rule, apply, plan_of, remove
 from fastvideo.testing import assert_within_budget
 
-from .tiny_models import CASES, NAMES, ONE_OF_EACH, call, call_with_gradients, convert, make
+from .tiny_models import CASES, NAMES, ONE_OF_EACH, SPARSE, call, call_with_gradients, convert, make, skyreels
 
 diffusers.utils.logging.set_verbosity_error()
 
@@ -51,10 +51,11 @@ def test_dense_attention_and_vsa_that_keeps_all_change_nothing(name: str, dtype:
     exact = call_with_gradients(in_float64(model), convert(inputs, torch.float64))
     apply(model)
     assert_same_numbers(call_with_gradients(model, inputs), original, exact, "dense")
-    apply(model, sparse(0.0))
-    assert_same_numbers(call_with_gradients(model, inputs), original, exact, "VSA at sparsity 0")
-    apply(model, sparse(0.7))
-    assert not torch.allclose(call(model, inputs), original["output"], atol=1e-3)
+    if name in SPARSE:
+        apply(model, sparse(0.0))
+        assert_same_numbers(call_with_gradients(model, inputs), original, exact, "VSA at sparsity 0")
+        apply(model, sparse(0.7))
+        assert not torch.allclose(call(model, inputs), original["output"], atol=1e-3)
     remove(model)
     assert torch.equal(call(model, inputs), original["output"])
 
@@ -109,7 +110,7 @@ class RecordingVSA(VideoSparseAttentionBackend):
     get_impl_cls = staticmethod(lambda: RecordingImpl)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SPARSE)
 def test_the_backend_learns_the_videos_grid_and_which_tokens_are_text(name: str) -> None:
     register_attn_backend("RECORDING_VSA", RecordingVSA)
     model, inputs = make(name)
@@ -118,12 +119,10 @@ def test_the_backend_learns_the_videos_grid_and_which_tokens_are_text(name: str)
     call(model, inputs)
     case = CASES[name]
     num_layers = 1 + max(place.layer for place in plan_of(model).places if place.layer is not None)
-    if not case.text_joined:
-        expected = [(case.grid_tyx, 0, 0, 2)] * num_layers
-    elif "encoder_attention_mask" not in inputs:
-        expected = [(case.grid_tyx, 0, 7, 2)] * num_layers
-    else:  # samples with 5 and 3 real text tokens run one by one
-        expected = [(case.grid_tyx, 0, 5, 1), (case.grid_tyx, 0, 3, 1)] * num_layers
+    if case.text_lengths is None:
+        expected = [(case.grid_tyx, 0, case.num_joined, 2)] * num_layers
+    else:  # samples with unlike numbers of real text tokens run one by one
+        expected = [(case.grid_tyx, 0, length, 1) for length in case.text_lengths] * num_layers
     assert seen == expected
 
 
@@ -149,14 +148,56 @@ def test_padded_text_is_seen_by_nobody(name: str, lengths: tuple[int, int]) -> N
         call(model, {**inputs, "encoder_attention_mask": early})
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_compiled_whole(name: str) -> None:
+class MasklessImpl(TorchSDPAImpl):
+    def forward(self, query, key, value, attn_metadata):
+        return super().forward(query, key, value, attn_metadata)
+
+
+class Maskless(TorchSDPABackend):
+    get_name = staticmethod(lambda: "MASKLESS")
+    get_impl_cls = staticmethod(lambda: MasklessImpl)
+
+    @classmethod
+    def rejections(cls, request):
+        return (*super().rejections(request), *(["no masks"] if request.mask is not None else []))
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "hunyuan 1.5", "hunyuan 1.5 i2v", "framepack"])
+def test_a_dense_backend_without_masks_gets_real_text_alone(name: str) -> None:
+    register_attn_backend("MASKLESS", Maskless)
     model, inputs = make(name)
+    samples = [{key: x[i : i + 1] if x.shape[0] == 2 else x for key, x in inputs.items()} for i in range(2)]
+    for case in (inputs, *samples):
+        if name == "framepack":  # these count frames, not samples
+            case |= {key: x for key, x in inputs.items() if key.startswith("indices")}
+        remove(model)
+        original = call(model, case)
+        apply(model, AttentionPolicy(rules=[Rule(role="self", backend="MASKLESS")]))
+        assert torch.allclose(call(model, case), original, atol=1e-5)
+
+
+def test_frames_in_causal_blocks_take_a_dense_backend() -> None:
+    torch.manual_seed(0)
+    model, inputs = skyreels(num_frame_per_block=2).eval(), CASES["skyreels forcing"].inputs()
+    inputs |= {"hidden_states": torch.randn(2, 4, 4, 8, 12), "timestep": torch.randint(0, 1000, (2, 4))}
+    original = call_with_gradients(model, inputs)
+    apply(model)
+    for key, tensor in call_with_gradients(model, inputs).items():
+        assert torch.allclose(tensor, original[key], atol=1e-5, rtol=1e-4), key
+    later = {**inputs, "hidden_states": inputs["hidden_states"] + torch.tensor([0.0, 0, 0, 1])[:, None, None]}
+    found = call(model, later)
+    assert torch.allclose(found[:, :, :2], original["output"][:, :, :2], atol=1e-5)  # what comes later is not seen
+    assert not torch.allclose(found[:, :, 2], original["output"][:, :, 2], atol=1e-3)
     apply(model, sparse(0.5))
-    with torch.no_grad():
-        eager = call(model, inputs)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert torch.allclose(call(compiled, inputs), eager, atol=1e-6)
+    with pytest.raises(RuntimeError, match="mask"):
+        call(model, inputs)
+
+
+def test_what_a_family_cannot_do_is_refused_when_applied() -> None:
+    model, _ = make("framepack")
+    with pytest.raises(NotImplementedError, match="VIDEO_SPARSE_ATTN works on a video's grid, and Framepack joins"):
+        apply(model, sparse(0.5))
+    assert plan_of(model) is None
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -18,15 +18,20 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One model: how it is made, what it is called with, and its video's grid."""
+    """One model: how it is made, what it is called with, and its video's grid, if its tokens are one.
+
+    `text_lengths` are the real tokens of each sample, where a mask tells them; `is_shared` says whether devices can share it.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
-    grid_tyx: tuple[int, int, int]
+    grid_tyx: tuple[int, int, int] | None
     has_cross: bool = False
     has_text: bool = False
-    text_joined: bool = False
+    num_joined: int = 0
+    text_lengths: tuple[int, ...] | None = None
+    is_shared: bool = True
 
 
 def _wan(**extra: Any) -> Callable[[], nn.Module]:
@@ -50,6 +55,59 @@ def _wan_i2v_inputs() -> Inputs:
     return _wan_inputs(encoder_hidden_states=torch.randn(2, 512, 16), encoder_hidden_states_image=torch.randn(2, 9, 20))
 
 
+def _wan_vace() -> nn.Module:
+    return diffusers.WanVACETransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
+        num_layers=2, rope_max_seq_len=32, vace_layers=[0, 1], vace_in_channels=6,
+    )  # fmt: skip
+
+
+def _wan_vace_inputs() -> Inputs:
+    return _wan_inputs(control_hidden_states=torch.randn(2, 6, 5, 8, 12), control_hidden_states_scale=torch.tensor([1.0, 0.5]))
+
+
+def _wan_animate() -> nn.Module:
+    return diffusers.WanAnimateTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=12, latent_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=4, rope_max_seq_len=32, image_dim=20, added_kv_proj_dim=24,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16, motion_style_dim=8, motion_dim=4,
+        motion_encoder_dim=8, face_encoder_hidden_dim=8, face_encoder_num_heads=2, inject_face_latents_blocks=2,
+    )  # fmt: skip
+
+
+def _wan_animate_inputs() -> Inputs:
+    return {
+        **_wan_i2v_inputs(),
+        "hidden_states": torch.randn(2, 12, 5, 8, 12),
+        "pose_hidden_states": torch.randn(2, 4, 4, 8, 12),
+        "face_pixel_values": torch.randn(2, 3, 13, 16, 16),
+    }
+
+
+def _chronoedit() -> nn.Module:
+    return diffusers.ChronoEditTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
+        num_layers=2, rope_max_seq_len=32, image_dim=20, added_kv_proj_dim=24, rope_temporal_skip_len=3,
+    )  # fmt: skip
+
+
+def _chronoedit_inputs() -> Inputs:
+    return {**_wan_i2v_inputs(), "hidden_states": torch.randn(2, 4, 2, 8, 12)}  # of two frames, the second stands later
+
+
+def skyreels(**extra: Any) -> nn.Module:
+    """Return a model of SkyReels V2 whose configuration has `extra`."""
+    config = dict(  # noqa: C408  # reads as the call it becomes
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
+        num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    return diffusers.SkyReelsV2Transformer3DModel(**{**config, **extra})
+
+
+def _skyreels_forcing_inputs() -> Inputs:
+    return _wan_inputs(timestep=torch.randint(0, 1000, (2, 5)), enable_diffusion_forcing=True)
+
+
 def _hunyuan(**extra: Any) -> Callable[[], nn.Module]:
     config = dict(  # noqa: C408  # reads as the call it becomes
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1,
@@ -66,6 +124,47 @@ def _hunyuan_inputs() -> Inputs:
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]),
         "pooled_projections": torch.randn(2, 8),
         "guidance": torch.tensor([6000.0, 6000.0]),
+    }
+
+
+def _hunyuan_15() -> nn.Module:
+    return diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, num_refiner_layers=1,
+        mlp_ratio=2.0, patch_size=2, text_embed_dim=16, text_embed_2_dim=10, image_embed_dim=6, rope_axes_dim=(4, 4, 4),
+    )  # fmt: skip
+
+
+def _hunyuan_15_inputs(*, has_image: bool) -> Inputs:
+    return {
+        "hidden_states": torch.randn(2, 4, 5, 8, 12),
+        "timestep": torch.tensor([500.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 4, 16),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]]),
+        "encoder_hidden_states_2": torch.randn(2, 3, 10),
+        "encoder_attention_mask_2": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+        "image_embeds": torch.randn(2, 2, 6) if has_image else torch.zeros(2, 2, 6),
+    }
+
+
+def _framepack() -> nn.Module:
+    return diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4),
+        has_image_proj=True, image_proj_dim=6, has_clean_x_embedder=True,
+    )  # fmt: skip
+
+
+def _framepack_inputs() -> Inputs:
+    return {
+        **_hunyuan_inputs(),
+        "image_embeds": torch.randn(2, 2, 6),
+        "indices_latents": torch.arange(19, 24),
+        "latents_clean": torch.randn(2, 4, 2, 8, 12),
+        "indices_latents_clean": torch.tensor([0, 18]),
+        "latents_history_2x": torch.randn(2, 4, 2, 8, 12),
+        "indices_latents_history_2x": torch.arange(16, 18),
+        "latents_history_4x": torch.randn(2, 4, 4, 8, 12),
+        "indices_latents_history_4x": torch.arange(12, 16),
     }
 
 
@@ -106,6 +205,14 @@ def _cogvideox_inputs(num_frames: int = 5, patch_size_t: int = 1) -> Inputs:
         "timestep": torch.tensor([500, 500]),
         "image_rotary_emb": (angles.cos(), angles.sin()),
     }
+
+
+def _consisid() -> nn.Module:
+    return diffusers.ConsisIDTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+        num_layers=2, sample_width=12, sample_height=8, sample_frames=17, max_text_seq_length=7,
+        use_rotary_positional_embeddings=True,
+    )  # fmt: skip
 
 
 def _mochi() -> nn.Module:
@@ -192,25 +299,51 @@ CASES = {
             (5, 4, 6),
             has_cross=True,
         ),
-        Case("hunyuan", _hunyuan(), _hunyuan_inputs, (5, 4, 6), has_text=True, text_joined=True),
+        Case("wan vace", _wan_vace, _wan_vace_inputs, (5, 4, 6), has_cross=True),
+        Case("wan animate", _wan_animate, _wan_animate_inputs, (5, 4, 6), has_cross=True, is_shared=False),
+        Case("chronoedit", _chronoedit, _chronoedit_inputs, (2, 4, 6), has_cross=True),
+        Case("skyreels", skyreels, _wan_inputs, (5, 4, 6), has_cross=True),
+        Case("skyreels forcing", skyreels, _skyreels_forcing_inputs, (5, 4, 6), has_cross=True),
+        Case("hunyuan", _hunyuan(), _hunyuan_inputs, (5, 4, 6), has_text=True, num_joined=7, text_lengths=(5, 3)),
         Case(
             "hunyuan i2v",
             _hunyuan(image_condition_type="token_replace"),
             _hunyuan_inputs,
             (5, 4, 6),
             has_text=True,
-            text_joined=True,
+            num_joined=7,
+            text_lengths=(5, 3),
         ),
+        Case(
+            "hunyuan 1.5",
+            _hunyuan_15,
+            lambda: _hunyuan_15_inputs(has_image=False),
+            (5, 4, 6),
+            has_text=True,
+            num_joined=9,
+            text_lengths=(5, 2),
+        ),
+        Case(
+            "hunyuan 1.5 i2v",
+            _hunyuan_15,
+            lambda: _hunyuan_15_inputs(has_image=True),
+            (5, 4, 6),
+            has_text=True,
+            num_joined=9,
+            text_lengths=(7, 4),
+        ),
+        Case("framepack", _framepack, _framepack_inputs, None, has_text=True, num_joined=9, is_shared=False),
         Case("ltx", _ltx, _ltx_inputs, (5, 4, 6), has_cross=True),
-        Case("cogvideox", _cogvideox(use_rotary_positional_embeddings=True), _cogvideox_inputs, (5, 4, 6), text_joined=True),
+        Case("cogvideox", _cogvideox(use_rotary_positional_embeddings=True), _cogvideox_inputs, (5, 4, 6), num_joined=7),
         Case(
             "cogvideox 1.5",
             _cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
             lambda: _cogvideox_inputs(6, 2),
             (3, 4, 6),
-            text_joined=True,
+            num_joined=7,
         ),
-        Case("mochi", _mochi, _mochi_inputs, (5, 4, 6), text_joined=True),
+        Case("consisid", _consisid, _cogvideox_inputs, (5, 4, 6), num_joined=7),
+        Case("mochi", _mochi, _mochi_inputs, (5, 4, 6), num_joined=7, text_lengths=(5, 3)),
         Case("cosmos", _cosmos(), _cosmos_inputs, (5, 4, 6), has_cross=True),
         Case(
             "cosmos transfer",
@@ -219,11 +352,14 @@ CASES = {
             (5, 4, 6),
             has_cross=True,
         ),
-        Case("flux", _flux, _flux_inputs, (1, 6, 10), text_joined=True),
+        Case("flux", _flux, _flux_inputs, (1, 6, 10), num_joined=7),
     )
 }
 NAMES = tuple(CASES)
-ONE_OF_EACH = ("wan", "hunyuan", "ltx", "cogvideox", "mochi", "cosmos", "flux")
+SPARSE = tuple(name for name, case in CASES.items() if case.grid_tyx is not None)
+SHARED = tuple(name for name, case in CASES.items() if case.is_shared)
+NAMED = ("wan", "hunyuan", "ltx", "cogvideox", "mochi", "cosmos", "flux")
+ONE_OF_EACH = (*NAMED, "wan vace", "wan animate", "chronoedit", "skyreels", "hunyuan 1.5", "consisid")
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs]:

@@ -124,7 +124,7 @@ def apply(
         TypeError: It is neither a model nor a pipeline, or `parallel` is of a wrong type.
         ValueError: A model is of an unknown class, has a processor or a parallelism of somebody else's, or the policy doesn't
             fit it.
-        NotImplementedError: The model can't share its tokens over devices.
+        NotImplementedError: The model can't share its tokens over devices, or its tokens are no grid for a sparse backend.
         UnknownBackend: No backend has that name.
         BackendLoadError: A backend that is named has no class that can be had, as `NO_ATTENTION` has none.
 
@@ -199,6 +199,9 @@ def _prepare(
     sites = tuple(family.sites(model))
     _check_model(model, family.name, sites, group)
     plan = Plan.resolve(policy, [site.place for site in sites], model_name=type(model).__name__)
+    if plan.builders and family.without_grid:
+        names = ", ".join(dict.fromkeys(name for name, _ in plan.builders))
+        raise NotImplementedError(f"{names} works on a video's grid, and {family.without_grid}; use a dense backend")
     ours = {
         site.place.path: site.processor(_attend(site, choices, model.get_submodule(site.place.path), group, shared))
         for site, choices in zip(sites, plan.choices, strict=True)

@@ -67,10 +67,10 @@ def _text_last(attn: Any, mask: torch.Tensor, batch: int, total: int, num_text: 
 
 
 class CogVideoXFamily(Family):
-    """CogVideoX 1.0 and 1.5, text and image to video."""
+    """CogVideoX 1.0 and 1.5, text and image to video, and ConsisID, whose face extractor attends by itself."""
 
     name = "CogVideoX"
-    model_classes = ("CogVideoXTransformer3DModel",)
+    model_classes = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
 
     def sites(self, model: nn.Module) -> Iterable[Site]:
         """Return `attn1` of each block."""
@@ -82,7 +82,7 @@ class CogVideoXFamily(Family):
         """Return the latent's shape and the patch size: latents are `[B, T, C, Y, X]`."""
         config: Any = model.config
         frames, _, height, width = inputs["hidden_states"].shape[1:]
-        return (frames, height, width), (config.patch_size_t or 1, config.patch_size, config.patch_size)
+        return (frames, height, width), (config.get("patch_size_t") or 1, config.patch_size, config.patch_size)
 
     def num_text(self, inputs: Mapping[str, Any]) -> int:
         """Return the text's length."""

@@ -107,10 +107,13 @@ class Family(ABC):
     Attributes:
         name: For people.
         model_classes: Names of the model classes; subclasses of theirs belong too.
+        without_grid: Why the tokens that its blocks see are no video grid, so that sparse video attention can't run; empty
+            where they are one.
     """
 
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
+    without_grid: ClassVar[str] = ""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> Iterable[Site]:
@@ -177,9 +180,16 @@ def from_cp_plan(model: nn.Module, replicated: Iterable[str] = ()) -> ShardPlan:
 
 _BUILT_INS = {
     "WanTransformer3DModel": "wan:WanFamily",
+    "WanVACETransformer3DModel": "wan_vace:WanVACEFamily",
+    "WanAnimateTransformer3DModel": "wan_animate:WanAnimateFamily",
+    "ChronoEditTransformer3DModel": "wan:WanFamily",
+    "SkyReelsV2Transformer3DModel": "wan:SkyReelsFamily",
     "HunyuanVideoTransformer3DModel": "hunyuan_video:HunyuanVideoFamily",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack:FramepackFamily",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video_15:HunyuanVideo15Family",
     "LTXVideoTransformer3DModel": "ltx:LTXFamily",
     "CogVideoXTransformer3DModel": "cogvideox:CogVideoXFamily",
+    "ConsisIDTransformer3DModel": "cogvideox:CogVideoXFamily",
     "MochiTransformer3DModel": "mochi:MochiFamily",
     "CosmosTransformer3DModel": "cosmos:CosmosFamily",
     "FluxTransformer2DModel": "flux:FluxFamily",

@@ -25,10 +25,10 @@ from fastvideo.integrations.diffusers.family import (
 from fastvideo.integrations.diffusers.rotary import rotate_neighbours
 from fastvideo.integrations.plan import Place
 
-__all__ = ["HunyuanVideoFamily", "HunyuanVideoProcessor", "TextSelfProcessor"]
+__all__ = ["TEXT_REPLACES", "HunyuanVideoFamily", "HunyuanVideoProcessor", "TextSelfProcessor"]
 
 _REPLACES = ("HunyuanVideoAttnProcessor2_0",)
-_TEXT_REPLACES = ("AttnProcessor2_0", "AttnProcessor")
+TEXT_REPLACES = ("AttnProcessor2_0", "AttnProcessor")
 
 
 class HunyuanVideoProcessor(Processor):
@@ -54,9 +54,7 @@ class HunyuanVideoProcessor(Processor):
         if image_rotary_emb is not None:
             cos, sin = (table[None, :, None, 0::2] for table in image_rotary_emb)
             query, key = rotate_neighbours(query, cos, sin), rotate_neighbours(key, cos, sin)
-        num_text = encoder_hidden_states.shape[1]
-        # The model's mask is [B, 1, 1, S + R] and hides nothing but padded text.
-        text_mask = None if attention_mask is None else attention_mask[:, 0, 0, -num_text:]
+        text_mask = self.text_mask(attention_mask, encoder_hidden_states.shape[1])
         output, text_output = self.attend(query, key, value, text, text_mask=text_mask)
         text_output = text_output.flatten(2, 3)
         # Blocks with one stream project out later, together with their feed-forward.
@@ -65,6 +63,12 @@ class HunyuanVideoProcessor(Processor):
         if getattr(attn, "to_out", None) is None:
             return output.flatten(2, 3), text_output
         return project_out(attn, output), text_output
+
+    @staticmethod
+    def text_mask(attention_mask: torch.Tensor | None, num_text: int) -> torch.Tensor | None:
+        """Return which text tokens are real, bool `[B, R]`, by the mask that the model hands over."""
+        # It is [B, 1, 1, S + R] and hides nothing but padded text.
+        return None if attention_mask is None else attention_mask[:, 0, 0, -num_text:]
 
 
 def _project(attn: Any, x: torch.Tensor, *names: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,7 +106,7 @@ class HunyuanVideoFamily(Family):
         """Return the refiner's layers, then the blocks with two streams, then those with one."""
         refiner = "context_embedder.token_refiner.refiner_blocks"
         for number in range(len(model.get_submodule(refiner))):  # type: ignore[arg-type]  # a list of modules
-            yield Site(Place(f"{refiner}.{number}.attn", "text"), TextSelfProcessor, _TEXT_REPLACES)
+            yield Site(Place(f"{refiner}.{number}.attn", "text"), TextSelfProcessor, TEXT_REPLACES)
         for number, path, _ in blocks_of(model, "transformer_blocks", "single_transformer_blocks"):
             yield Site(Place(f"{path}.attn", "self", number), HunyuanVideoProcessor, _REPLACES)
 

@@ -1,19 +1,24 @@
-"""Wan 2.1 and 2.2 of diffusers: self attention over the video, cross attention to text, and to an image in I2V models."""
+"""Wan 2.1 and 2.2 of diffusers: self attention over the video, cross attention to text, and to an image in I2V models.
+
+Models that were made from Wan's blocks (ChronoEdit, SkyReels V2, VACE, Animate) run by the same processors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fastvideo.integrations.diffusers.family import (
     Family,
+    Gather,
     Processor,
     ShardPlan,
     Site,
+    Split,
     blocks_of,
     from_cp_plan,
     project_out,
@@ -23,9 +28,9 @@ from fastvideo.integrations.diffusers.rotary import rotate_neighbours
 from fastvideo.integrations.plan import Place
 from fastvideo.models.wan.checkpoint import INDEX_NAME, WEIGHTS_NAME, gate_names, read_header
 
-__all__ = ["WanCrossProcessor", "WanFamily", "WanSelfProcessor"]
+__all__ = ["SkyReelsFamily", "WanCrossProcessor", "WanFamily", "WanSelfProcessor", "key_and_value"]
 
-_REPLACES = ("WanAttnProcessor", "WanAttnProcessor2_0")
+REPLACES = ("WanAttnProcessor", "WanAttnProcessor2_0", "SkyReelsV2AttnProcessor", "SkyReelsV2AttnProcessor2_0")
 NUM_TEXT = 512
 """Text tokens that Wan's pipelines always hand over; in I2V models the image's tokens stand before them."""
 
@@ -75,10 +80,7 @@ class WanCrossProcessor(Processor):
         if attn.add_k_proj is not None:
             num_image = encoder_hidden_states.shape[1] - NUM_TEXT
             image, encoder_hidden_states = encoder_hidden_states[:, :num_image], encoder_hidden_states[:, num_image:]
-        if attn.fused_projections:
-            key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        else:
-            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        key, value = key_and_value(attn, encoder_hidden_states)
         query = attn.norm_q(attn.to_q(hidden_states))
         query, key, value = split_heads(attn, query, attn.norm_k(key), value)
         output = self.attend(query, key, value, attention_mask)
@@ -90,6 +92,14 @@ class WanCrossProcessor(Processor):
             image_key, image_value = split_heads(attn, attn.norm_added_k(image_key), image_value)
             output = output + self.attend(query, image_key, image_value)
         return project_out(attn, output)
+
+
+def key_and_value(attn: Any, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the key and value projections of what cross attention looks at, `[B, R, C]`, fused or not."""
+    if attn.fused_projections:
+        key, value = attn.to_kv(context).chunk(2, dim=-1)
+        return key, value
+    return attn.to_k(context), attn.to_v(context)
 
 
 def _folders(source: str) -> Iterable[Path]:
@@ -108,10 +118,10 @@ def _folders(source: str) -> Iterable[Path]:
 
 
 class WanFamily(Family):
-    """Wan's video transformers."""
+    """Wan's video transformers, and ChronoEdit's, which differ in the positions of frames."""
 
     name = "Wan"
-    model_classes = ("WanTransformer3DModel",)
+    model_classes: ClassVar[tuple[str, ...]] = ("WanTransformer3DModel", "ChronoEditTransformer3DModel")
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model whose checkpoint has gates of Video Sparse Attention, which diffusers dropped when it loaded it.
@@ -125,15 +135,15 @@ class WanFamily(Family):
             if gates := gate_names(names):
                 raise ValueError(
                     f"{folder} holds gates of Video Sparse Attention, {gates[0]} and others, and diffusers dropped them when "
-                    "it loaded this model; load it by fastvideo.models.wan.WanTransformer3DModel.load(folder), and put "
-                    "fastvideo.models.wan.pipeline.WanInPipeline(model) into the pipeline"
+                    "it loaded this model; load it by fastvideo.models.wan.WanTransformer3DModel.load(folder), which takes "
+                    "text-to-video models, and put fastvideo.models.wan.pipeline.WanInPipeline(model) into the pipeline"
                 )
 
     def sites(self, model: nn.Module) -> Iterable[Site]:
         """Return `attn1`, within the video, and `attn2`, to text and image, of each block."""
         for number, path, _ in blocks_of(model, "blocks"):
-            yield Site(Place(f"{path}.attn1", "self", number), WanSelfProcessor, _REPLACES)
-            yield Site(Place(f"{path}.attn2", "cross", number), WanCrossProcessor, _REPLACES)
+            yield Site(Place(f"{path}.attn1", "self", number), WanSelfProcessor, REPLACES)
+            yield Site(Place(f"{path}.attn2", "cross", number), WanCrossProcessor, REPLACES)
 
     def video_shape(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the latent's shape and the patch size: latents are `[B, C, T, Y, X]`."""
@@ -142,3 +152,19 @@ class WanFamily(Family):
     def shard_plan(self, model: nn.Module) -> ShardPlan:
         """Return the model's own plan."""
         return from_cp_plan(model)
+
+
+class SkyReelsFamily(WanFamily):
+    """SkyReels V2's transformers, diffusion forcing included: frames with timesteps of their own, and causal blocks."""
+
+    name = "SkyReels V2"
+    model_classes = ("SkyReelsV2Transformer3DModel",)
+
+    def shard_plan(self, model: nn.Module) -> ShardPlan:  # noqa: ARG002  # families look at it or not
+        """Cut what is as long as the video ahead of the blocks; join before the last modulation, which is made whole."""
+        return {
+            "rope": {0: Split(1, of_output=True), 1: Split(1, of_output=True)},
+            "blocks.0": {"hidden_states": Split(1)},
+            "blocks.*": {"temb": Split(2, num_dims=4)},
+            "norm_out": Gather(1),
+        }
