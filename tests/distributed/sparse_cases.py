@@ -100,9 +100,11 @@ def run(case: SparseCase, group: SequenceGroup | None, lengths: tuple[int, ...],
         current_timestep=0, raw_latent_shape=GRID, patch_size=(1, 1, 1), VSA_sparsity=case.sparsity, device=device
     )
     with sequence_parallel(group), set_forward_context(0, metadata, shard_lengths=lengths):
+        with torch.no_grad():
+            inferred = layer(**leaves)[0] if device == "cuda" else None
         out, text = layer(**leaves)
     loss = (out * local("out", weight[:, :TOKENS], lengths, rank)).sum()
-    found = {"out": out.detach()}
+    found = {"out": out.detach()} | ({} if inferred is None else {"inferred": inferred})
     if text is not None:  # its loss is counted once: unequal shares of the ranks add up to one
         loss = loss + 2 * (rank + 1) / (size * (size + 1)) * (text * weight[:, TOKENS:]).sum()
         found["replicated_out"] = text.detach()

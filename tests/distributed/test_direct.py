@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
+import contextlib
+import ctypes
+import queue
 import random
 import threading
-import types
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from fastvideo.distributed.collectives import Route, gather_route, unpack
-from fastvideo.distributed.direct import DirectExchange, Job, direct_exchange, exchange_kind, has_own_places
+from fastvideo.distributed.collectives import unpack
+from fastvideo.distributed.direct import DirectExchange, direct_exchange, exchange_kind
+from fastvideo.distributed.regions import Regions
 from fastvideo.distributed.ring import regroup_route, ring_steps
-from fastvideo.distributed.symmetric import copy_wide, rows_of, rows_of_both
+from fastvideo.distributed.routes import Route, gather_route, has_own_places
+from fastvideo.distributed.rows import Move, copy_wide, rows_of, rows_of_both
 from fastvideo.distributed.ulysses import head_route, share_heads, token_route
 from fastvideo.settings import Settings
 
@@ -23,101 +26,145 @@ TIMEOUT = 20.0
 
 
 class Shared:
-    """What the memories of all ranks have in common: staging memory and words by rank."""
+    """What the memories of all ranks have in common: their bytes and words by rank."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.changed = threading.Condition()
-        self.staging = [torch.empty(0, dtype=torch.uint8) for _ in range(size)]
-        self.packed = [[0] * size for _ in range(size)]
-        self.read = [[0] * size for _ in range(size)]
+        self.memory = [torch.empty(0, dtype=torch.uint8) for _ in range(size)]
+        self.outgrown: list[torch.Tensor] = []
+        self.words = {kind: [[0] * size for _ in range(size)] for kind in ("written", "read")}
         self.growing = threading.Barrier(size)
 
 
+class ThreadStream:
+    """A stream: what it is given, a thread does in order, each after a while, as a copy engine would beside the host."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            do = self._waiting.get()
+            threading.Event().wait(self._random.random() * 0.0005)
+            do()
+
+    def give(self, do: Callable[[], None]) -> None:
+        self._waiting.put(do)
+
+
+class Caller:
+    """The caller's stream: what it is given is done at once."""
+
+    def give(self, do: Callable[[], None]) -> None:
+        do()
+
+
 class ThreadMemory:
-    """A rank's memory. A thread per exchange copies, after a while, as a copy engine would beside the host."""
+    """A rank's memory."""
 
     def __init__(self, shared: Shared, rank: int, capacity: int) -> None:
         self.rank, self.capacity, self._shared = rank, capacity, shared
-        shared.staging[rank] = torch.full((capacity,), 255, dtype=torch.uint8)
-        self._copying: dict[int, threading.Thread] = {}
-        self._last: threading.Thread | None = None
-        self._random = random.Random(rank)
+        shared.memory[rank] = torch.full((capacity,), 255, dtype=torch.uint8)
+        self.copies, self.own, self._caller = ThreadStream(rank), ThreadStream(rank + 9), Caller()
         self.num_grown = 0
         self.waited: list[tuple[int, int]] = []
 
-    def grow(self, capacity: int, waits: tuple[tuple[int, int], ...]) -> None:
-        self._wait_for_readers(waits)
-        if self._last is not None:
-            self._last.join(TIMEOUT)
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return tuple(memory.data_ptr() for memory in self._shared.memory)
+
+    def grow(self, capacity: int, waits: Sequence[tuple[int, int]]) -> None:
+        for peer, number in waits:
+            self.wait_read(self._caller, peer, number)
+        for stream in (self.copies, self.own):
+            self.after(self._caller, self.mark(stream))
         self._shared.growing.wait(TIMEOUT)
         self.capacity = capacity
         self.num_grown += 1
-        self._shared.staging[self.rank] = torch.full((capacity,), 255, dtype=torch.uint8)
+        self._shared.outgrown.append(self._shared.memory[self.rank])
+        self._shared.memory[self.rank] = torch.full((capacity,), 255, dtype=torch.uint8)
+        for words in self._shared.words.values():
+            words[self.rank] = [0] * self._shared.size
         self._shared.growing.wait(TIMEOUT)
 
-    def staging(self) -> torch.Tensor:
-        return self._shared.staging[self.rank]
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._shared.memory[self.rank].view(dtype)
 
-    def _wait_for_readers(self, waits: tuple[tuple[int, int], ...]) -> None:
-        for peer, number in waits:
-            self.waited.append((peer, number))
-            with self._shared.changed:
-                assert self._shared.changed.wait_for(lambda: self._shared.read[self.rank][peer] >= number, TIMEOUT)  # noqa: B023
+    def guard(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
-    def _copy(self, pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> None:
-        for target, source in pairs:
-            assert target.numel() > 0
-            copy_wide(target, source)
+    def current(self) -> Caller:
+        return self._caller
 
-    def run(self, job: Job) -> None:
-        before, shared = self._last, self._shared
-        self._wait_for_readers(job.waits)
-        self._copy(job.packs)
-        if not job.is_hidden:
-            self._copy(job.own)
+    def mark(self, stream: Caller | ThreadStream) -> threading.Event:
+        done = threading.Event()
+        stream.give(done.set)
+        return done
+
+    def after(self, stream: Caller | ThreadStream, mark: threading.Event) -> None:
+        def wait() -> None:
+            assert mark.wait(TIMEOUT)
+
+        stream.give(wait)
+
+    def copy(self, stream: Caller | ThreadStream, moves: Sequence[Move], bases: Sequence[int]) -> None:
+        places = list(bases)
 
         def copy() -> None:
-            if before is not None:
-                before.join(TIMEOUT)
-            if job.is_hidden:
-                self._copy(job.own)
-            with shared.changed:
-                for reader in job.readers:
-                    shared.packed[reader][self.rank] = job.number
-                shared.changed.notify_all()
-            for peer, parts in itertools.groupby(job.fetches, key=lambda fetch: fetch.peer):
-                with shared.changed:
-                    assert shared.changed.wait_for(lambda peer=peer: shared.packed[self.rank][peer] >= job.number, TIMEOUT)  # type: ignore[misc]
-                threading.Event().wait(self._random.random() * 0.002)
-                for part in parts:
-                    num_bytes = part.target.numel() * part.target.element_size()
-                    source = shared.staging[peer][part.source : part.source + num_bytes].view(part.target.dtype)
-                    part.target.copy_(source.view(part.target.shape))
-                with shared.changed:
-                    shared.read[peer][self.rank] = job.number
-                    shared.changed.notify_all()
+            for to, target, target_distance, of, source, source_distance, length, number in moves:
+                assert length > 0 < number
+                for row in range(number):
+                    there, here = target + row * target_distance, source + row * source_distance
+                    ctypes.memmove(places[to] + there, places[of] + here, length)
 
-        self._last = threading.Thread(target=copy, daemon=True)
-        self._last.start()
-        self._copying |= {x.data_ptr(): self._last for x in job.received}
+        stream.give(copy)
 
-    def finish(self, received: torch.Tensor) -> bool:
-        thread = self._copying.pop(received.data_ptr(), None) if received.numel() else None
-        if thread is not None:
-            thread.join(TIMEOUT)
-            assert not thread.is_alive()
-        return thread is not None
+    def _write(self, stream: Caller | ThreadStream, kind: str, peer: int, number: int) -> None:
+        def write() -> None:
+            with self._shared.changed:
+                self._shared.words[kind][peer][self.rank] = number
+                self._shared.changed.notify_all()
+
+        stream.give(write)
+
+    def _wait(self, stream: Caller | ThreadStream, kind: str, peer: int, number: int) -> None:
+        assert peer != self.rank
+
+        def wait() -> None:
+            with self._shared.changed:
+                word = self._shared.words[kind][self.rank]
+                assert self._shared.changed.wait_for(lambda: word[peer] >= number, TIMEOUT)
+
+        stream.give(wait)
+
+    def write_written(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
+        self._write(stream, "written", peer, number)
+
+    def write_read(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
+        self._write(stream, "read", peer, number)
+
+    def wait_written(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
+        self._wait(stream, "written", peer, number)
+
+    def wait_read(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
+        self.waited.append((peer, number))
+        self._wait(stream, "read", peer, number)
 
 
-def run_ranks(size: int, capacity: int, work: Callable[[int, DirectExchange], None]) -> list[ThreadMemory]:
-    """Run `work(rank, exchange)` in one thread per rank and return the ranks' memories."""
-    shared = Shared(size)
-    memories = [ThreadMemory(shared, rank, capacity) for rank in range(size)]
+def run_ranks(
+    size: int, capacity: int, work: Callable[[int, DirectExchange], None], *, landing: bool = False
+) -> list[ThreadMemory]:
+    """Run `work(rank, exchange)` in one thread per rank and return the ranks' memories for fetching, or for `landing`."""
+    both = [Shared(size), Shared(size)]
+    memories = [[ThreadMemory(shared, rank, capacity) for rank in range(size)] for shared in both]
     with concurrent.futures.ThreadPoolExecutor(size) as pool:
-        for done in [pool.submit(work, rank, DirectExchange(memories[rank], size)) for rank in range(size)]:
+        exchanges = [DirectExchange(staging, landing_, size) for staging, landing_ in zip(*memories, strict=True)]
+        for done in [pool.submit(work, rank, exchange) for rank, exchange in enumerate(exchanges)]:
             done.result(3 * TIMEOUT)
-    return memories
+    return memories[landing]
 
 
 def join(exchange: DirectExchange, x: torch.Tensor, route: Route) -> torch.Tensor:
@@ -201,18 +248,109 @@ def test_several_at_once_and_into_a_part_of_a_tensor() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_region_is_given_twice_before_it_was_read(seed: int) -> None:
-    memory = types.SimpleNamespace(rank=0, capacity=4096, grow=None)
-    exchange, draw = DirectExchange(memory, 2), random.Random(seed)  # type: ignore[arg-type]
+    regions, draw, grown = Regions(), random.Random(seed), []
     unread: dict[int, tuple[int, int]] = {}
-    for number in range(1, 300):
-        exchange._number = number
+    for _ in range(300):
         length = 512 * draw.randint(0, 8)
-        start, waits = exchange._claim(length, (1,))
+        number, start, waits = regions.claim(length, (1,), 4096, lambda *_: grown.append(1))
         assert start + length <= 4096
         last = max((waited for _, waited in waits), default=0)
         unread = {of: room for of, room in unread.items() if of > last}
         assert all(stop <= start or start + length <= first for first, stop in unread.values())
         unread[number] = (start, start + length)
+    assert not grown
+
+
+def test_memory_grows_rather_than_wait_for_what_is_lent() -> None:
+    regions, grown = Regions(), []
+    claim = lambda length, lent_from: regions.claim(length, (1,), 4096, lambda *asked: grown.append(asked), lent_from)  # noqa: E731
+    assert claim(1024, None) == (1, 0, ())
+    assert claim(3072, 1) == (2, 1024, ())
+    assert claim(1024, 2) == (3, 0, ((1, 1),)), "the first was given back, and is waited for"
+    assert claim(2048, 2) == (4, 0, ()), "the second is still lent"
+    assert grown == [(64 << 20, ((1, 3),))]
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 0, 2)])
+@pytest.mark.parametrize("num_heads", [6, 4, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_are_sent_and_given_back(lengths: tuple[int, ...], num_heads: int, batch: int) -> None:
+    """Tensors of several dtypes and strides, in memory that grows meanwhile and holds few exchanges at once."""
+    wholes = [torch.randn(batch, sum(lengths), num_heads, 3), torch.randint(9, (batch, sum(lengths), num_heads, 2))]
+    heads = share_heads(num_heads, num_heads, len(lengths)).query
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        shard = [shards(whole, 1, lengths)[rank] for whole in wholes]
+        shard[1] = shard[1].transpose(1, 2).contiguous().transpose(1, 2)
+        routes = [head_route(x.shape, heads, lengths, rank) for x in shard]
+        for number in range(1, 12):
+            sent = exchange.send([number * x for x in shard], routes)
+            for x, whole in zip(sent.received, wholes, strict=True):
+                assert exchange.finish(x) == (x.numel() > 0)
+                torch.testing.assert_close(x, number * whole[:, :, slice(*heads[rank])], rtol=0, atol=0)
+            exchange.give_back(sent.number)
+            assert not exchange.finish(sent.received[0])
+
+    memories = run_ranks(len(lengths), 2048, work, landing=True)
+    assert len({memory.num_grown for memory in memories}) == 1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_is_lent_stays_until_it_is_given_back(size: int) -> None:
+    """Each rank holds what it received for another while, and two exchanges are under way ahead of it."""
+    lengths, num_heads = (4,) * size, 2 * size
+    wholes = [torch.randn(1, 4 * size, num_heads, 16) for _ in range(24)]
+    heads = share_heads(num_heads, num_heads, size).query
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        shard = [shards(whole, 1, lengths)[rank] for whole in wholes]
+        routes = [head_route(x.shape, heads, lengths, rank) for x in shard]
+        sent = [exchange.send([shard[i]], [routes[i]]) for i in range(2)]
+        for i, whole in enumerate(wholes):
+            received, number = sent[i]
+            assert exchange.finish(received[0])
+            threading.Event().wait(random.Random(100 * rank + i).random() * 0.004)
+            torch.testing.assert_close(received[0], whole[:, :, slice(*heads[rank])], rtol=0, atol=0)
+            exchange.give_back(number)
+            if i + 2 < len(wholes):
+                sent.append(exchange.send([shard[i + 2]], [routes[i + 2]]))
+
+    # A rank receives 4 * size tokens of 2 heads of 16 floats.
+    memories = run_ranks(size, 3 * 512 * size, work, landing=True)
+    assert all(memory.waited for memory in memories)
+    assert all(memory.num_grown == 0 for memory in memories)
+
+
+def test_groups_of_heads_and_everyones_keys_are_sent() -> None:
+    lengths = (3, 5)
+    whole = torch.randn(2, 8, 2, 3, 4)
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        x = shards(whole, 1, lengths)[rank]
+        groups = [x[:, :, :, :1], x[:, :, :, 1:]]
+        heads = [((0, 1), (1, 2)), ((0, 2), (2, 4))]
+        routes = [head_route(group.shape, own, lengths, rank) for group, own in zip(groups, heads, strict=True)]
+        every = gather_route(x.flatten(2, 3).shape, 1, lengths)
+        # The second is larger than the memory, which grows while the first is lent.
+        sent = [exchange.send([groups[0]], [routes[0]]), exchange.send([groups[1]], [routes[1]])]
+        sent.append(exchange.send([x.flatten(2, 3)], [every]))
+        expected = [whole[:, :, rank, :1], whole[:, :, rank, 1:], whole.flatten(2, 3)]
+        for (received, number), wanted in zip(sent, expected, strict=True):
+            assert exchange.finish(received[0])
+            torch.testing.assert_close(received[0], wanted, rtol=0, atol=0)
+            exchange.give_back(number)
+
+    memories = run_ranks(2, 512, work, landing=True)
+    assert [memory.num_grown for memory in memories] == [1, 1]
+
+
+def test_only_what_is_joined_in_the_order_of_ranks_is_sent() -> None:
+    def work(rank: int, exchange: DirectExchange) -> None:
+        x = torch.zeros(1, 8, 2, 3)
+        with pytest.raises(ValueError, match="joined along dim 1, got Cut"):
+            exchange.send([x], [token_route(x.shape, ((0, 2), (2, 4)), (4, 4), rank)])
+
+    run_ranks(2, 512, work)
 
 
 def test_memory_grows_where_an_exchange_is_larger() -> None:

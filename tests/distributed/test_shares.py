@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from fastvideo.attention import shared_call
 from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
-from fastvideo.distributed.collectives import Route, consecutive, gather_route, launch_exchange, pack, unpack
+from fastvideo.distributed.collectives import launch_exchange, pack, unpack
 from fastvideo.distributed.layouts import ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
 from fastvideo.distributed.ring import balanced_pieces, causal_steps, regroup_route, ring_steps
+from fastvideo.distributed.routes import Route, consecutive, gather_route
 from fastvideo.distributed.shards import resolve_lengths, shard_sequence
 from fastvideo.distributed.ulysses import cut_heads, group_lengths, head_route, join_heads, share_heads, token_route
 
@@ -62,7 +63,7 @@ def test_every_head_has_one_owner_who_holds_what_it_reads(kv_heads: int, readers
 @FAST
 @given(LENGTHS, st.integers(1, 9), st.booleans())
 def test_heads_go_for_tokens_and_come_back(lengths: list[int], heads: int, is_cut: bool) -> None:
-    size = len(lengths)
+    size, shares = len(lengths), tuple(lengths)
     is_cut = is_cut and size > 1
     heads = heads * 3 * size if is_cut else heads
     x = torch.arange(2 * sum(lengths) * heads * 3.0).view(2, sum(lengths), heads, 3)
@@ -71,11 +72,11 @@ def test_heads_go_for_tokens_and_come_back(lengths: list[int], heads: int, is_cu
     back: list[list[torch.Tensor]] = [[] for _ in lengths]
     for number in range(num_groups):
         owners = share_heads(heads, heads, size, number, num_groups).query
-        there = [head_route(cut[rank][number].shape, owners, lengths, rank) for rank in range(size)]
+        there = [head_route(cut[rank][number].shape, owners, shares, rank) for rank in range(size)]
         arrived = send([pieces[number] for pieces in cut], there)
         for rank, (start, stop) in enumerate(owners):
             assert torch.equal(arrived[rank], x[:, :, start:stop])
-        home = [token_route(arrived[rank].shape, owners, lengths, rank, is_group=is_cut) for rank in range(size)]
+        home = [token_route(arrived[rank].shape, owners, shares, rank, is_group=is_cut) for rank in range(size)]
         for rank, piece in enumerate(send(arrived, home)):
             back[rank].append(piece)
     for rank, shard in enumerate(shards(x, 1, lengths)):
@@ -108,7 +109,7 @@ def test_a_gradient_takes_the_route_backwards(lengths: list[int], dim: int) -> N
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     inputs = [draw(*[length if i == dim else 2 for i in range(3)]) for length in lengths]
-    routes = [gather_route(x.shape, dim, lengths) for x in inputs]
+    routes = [gather_route(x.shape, dim, tuple(lengths)) for x in inputs]
     outputs = send(inputs, routes)
     assert all(torch.equal(output, torch.cat(inputs, dim)) for output in outputs)
     cotangents = [draw(*output.shape) for output in outputs]

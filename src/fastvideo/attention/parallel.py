@@ -8,7 +8,7 @@ The layer has checked the call; here the tensors travel. Each layout is made of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,13 +25,14 @@ from fastvideo.distributed.collectives import (
     Launched,
     exchange,
     finish_exchange,
-    gather_route,
+    give_back,
     launch_exchange,
     launch_exchanges,
 )
 from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.ring import attend_in_parts, causal_steps, regroup_route, ring_steps
+from fastvideo.distributed.routes import gather_route
 from fastvideo.distributed.shards import gather_over_mesh, rows_of_mesh, sum_over_mesh
 from fastvideo.distributed.ulysses import (
     HeadShares,
@@ -191,9 +192,10 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
     leaving, rests = [], []
     room: Tensor | None = None
     for number, shares in enumerate(groups):
-        query, key, value, *gate = [call.unpacked(finish_exchange(launched, ulysses)) for launched in arriving.pop(0)]
         if 0 < number < len(groups) - 1:
             arriving.append(launch(number + 1))
+        arrived = arriving.pop(0)
+        query, key, value, *gate = [call.unpacked(finish_exchange(launched, ulysses)) for launched in arrived]
         part = replace(shared, query=query, key=key, value=value, gate=gate[0] if gate else None)
         part = _with_heads(part, groups, number, ulysses.rank, *heads[:2])
         output, rest = _attend_over_heads(part, layout, chosen)
@@ -208,15 +210,16 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
             into = room[:, :, :, first : first + output.shape[2]]
         leaving.append(launch_exchange(output, route, ulysses, into=into, is_hidden=number + 1 < len(groups)))
         if rest is not None:
-            route = gather_route(rest.shape, 2, [stop - start for start, stop in shares.query])
+            route = gather_route(rest.shape, 2, tuple([stop - start for start, stop in shares.query]))
             rests.append(launch_exchange(rest, route, ulysses))
+        give_back(arrived[0], ulysses)
     pieces = [finish_exchange(launched, ulysses) for launched in leaving]
     output = call.unpacked(join_heads(pieces, ulysses.size) if room is None else room.flatten(2, 3))
     return output, join_heads([finish_exchange(launched, ulysses) for launched in rests], ulysses.size) if rests else None
 
 
 def _launcher(
-    call: SharedCall, groups: list[HeadShares], lengths: Sequence[int], kv_lengths: Sequence[int], ulysses: SequenceGroup
+    call: SharedCall, groups: list[HeadShares], lengths: tuple[int, ...], kv_lengths: tuple[int, ...], ulysses: SequenceGroup
 ) -> Callable[[int], list[Launched]]:
     """Return what sends the inputs of a group of heads on their way: query, key, value and, if there is one, the gate."""
     inputs = [(call.query, lengths), (call.key, kv_lengths), (call.value, kv_lengths)]
@@ -234,7 +237,7 @@ def _launcher(
             head_route(piece.shape, own, shards, ulysses.rank)
             for piece, own, (_, shards) in zip(pieces, owners, inputs, strict=False)
         ]
-        return launch_exchanges(pieces, routes, ulysses, is_hidden=number > 0)
+        return launch_exchanges(pieces, routes, ulysses, is_hidden=number > 0, is_lent=not call.needs_grad)
 
     return launch
 
@@ -336,7 +339,7 @@ def _share_in_one_sequence(call: SharedCall, layout: Layout, chosen: Chosen) -> 
     output, rest = split_at(output, whole, ring.rank)
     if not call.num_rows:
         return output, None
-    lengths = [whole.num_more if rank == place_of(whole) else 0 for rank in range(ring.size)]
+    lengths = tuple([whole.num_more if rank == place_of(whole) else 0 for rank in range(ring.size)])
     return output, exchange(rest, gather_route(rest.shape, 1, lengths), ring)
 
 
@@ -351,18 +354,21 @@ def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple
 
     def launch(number: int) -> list[Launched]:
         route = gather_route(cut[1][number].shape, 1, call.kv_lengths)
-        return launch_exchanges([pieces[number] for pieces in cut[1:]], [route, route], ring, is_hidden=number > 0)
+        pieces = [of_input[number] for of_input in cut[1:]]
+        return launch_exchanges(pieces, [route, route], ring, is_hidden=number > 0, is_lent=not call.needs_grad)
 
     arriving = [launch(number) for number in range(min(2, count))]
     outputs, rests = [], []
     for number in range(count):
-        key, value = [call.unpacked(finish_exchange(launched, ring)) for launched in arriving.pop(0)]
         if 0 < number < count - 1:
             arriving.append(launch(number + 1))
+        arrived = arriving.pop(0)
+        key, value = [call.unpacked(finish_exchange(launched, ring)) for launched in arrived]
         part = replace(call, query=cut[0][number], key=key, value=value)
         if count > 1:
             part = _with_heads(part, groups, number, 0, call.query.shape[2], call.key.shape[2])
         output, rest = _attend_here(part, chosen)
+        give_back(arrived[0], ring)
         outputs.append(output)
         rests += [] if rest is None else [rest]
     return torch.cat(outputs, dim=2), torch.cat(rests, dim=2) if rests else None

@@ -18,20 +18,17 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvideo.distributed.agreement import explain_transport_error
-from fastvideo.distributed.direct import direct_exchange, finish_direct, has_own_places
+from fastvideo.distributed.direct import direct_exchange, finish_direct
 from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.routes import Cut, Route, gather_route, has_own_places
 
 __all__ = [
-    "Cut",
-    "Interval",
     "Launched",
-    "Route",
     "all_gather",
     "arrive",
-    "consecutive",
     "exchange",
     "finish_exchange",
-    "gather_route",
+    "give_back",
     "launch_exchange",
     "launch_exchanges",
     "start",
@@ -40,40 +37,6 @@ __all__ = [
 ]
 
 _functional = torch.ops._c10d_functional
-
-Interval = tuple[int, int]
-"""First index and the one after the last."""
-
-
-class Cut(NamedTuple):
-    """How a tensor falls into one part per rank: part `r` is made of `parts[r]`, intervals along `dim`, one after another."""
-
-    dim: int
-    parts: tuple[tuple[Interval, ...], ...]
-
-
-class Route(NamedTuple):
-    """An exchange as one rank sees it.
-
-    Attributes:
-        send: How its tensor is cut.
-        receive: How what it receives is joined.
-        source: Shape of what it sends.
-        shape: Shape of what it receives.
-        counts: Elements that every rank sends to every other, `counts[sender][receiver]`: the same on all ranks.
-        is_gather: Every rank sends all it has to everyone.
-    """
-
-    send: Cut
-    receive: Cut
-    source: tuple[int, ...]
-    shape: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
-    is_gather: bool = False
-
-    def back(self) -> Route:
-        """Return the route that gradients take."""
-        return Route(self.receive, self.send, self.shape, self.source, tuple(zip(*self.counts, strict=True)))
 
 
 class Launched(NamedTuple):
@@ -85,23 +48,14 @@ class Launched(NamedTuple):
             where no gradient is recorded.
         route: The route.
         into: Where it is to go, or `None`.
+        lent: Number of the exchange that it is lent by, until `give_back`; `None` where it is this rank's for good.
     """
 
     received: torch.Tensor
     sent: torch.Tensor | None
     route: Route
     into: torch.Tensor | None = None
-
-
-def consecutive(dim: int, lengths: Sequence[int]) -> Cut:
-    """Return the cut along `dim` into neighbouring parts of `lengths`.
-
-    Example:
-        >>> consecutive(1, (3, 2))
-        Cut(dim=1, parts=(((0, 3),), ((3, 5),)))
-    """
-    stops = [sum(lengths[: rank + 1]) for rank in range(len(lengths))]
-    return Cut(dim, tuple(((stop - length, stop),) for stop, length in zip(stops, lengths, strict=True)))
+    lent: int | None = None
 
 
 def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tensor:
@@ -137,31 +91,49 @@ def launch_exchange(
 
 
 def launch_exchanges(
-    tensors: Sequence[torch.Tensor], routes: Sequence[Route], group: SequenceGroup, *, is_hidden: bool = False
+    tensors: Sequence[torch.Tensor],
+    routes: Sequence[Route],
+    group: SequenceGroup,
+    *,
+    is_hidden: bool = False,
+    is_lent: bool = False,
 ) -> list[Launched]:
-    """Start the exchange of several tensors; as one, which takes less host time, where it is hidden."""
-    if not is_hidden or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    """Start the exchange of several tensors; as one, which takes less host time, where it is hidden or what comes is lent.
+
+    Args:
+        tensors: What this rank sends.
+        routes: The route of each.
+        group: The ranks.
+        is_hidden: As for `launch_exchange`.
+        is_lent: What is received is needed for a while only, until `give_back`, so that copy engines may bring it without any
+            packing; where no gradient is recorded. Said by all ranks or none, of parts that are joined along dim 1.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
+    direct = direct_exchange(tensors[0], group.name) if is_lent else None
+    if direct is not None:
+        received, number = direct.send(tensors, routes)
+        return [Launched(x, None, route, None, number) for x, route in zip(received, routes, strict=True)]
+    if not is_hidden:
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
     started = _start(tensors, routes, group.name, None, is_hidden)
     return [Launched(received, None, route) for received, route in zip(started, routes, strict=True)]
 
 
+def give_back(launched: Launched, group: SequenceGroup) -> None:
+    """Let peers have the memory of what was received together with `launched`, if it was lent; nothing may read it any more."""
+    direct = None if launched.lent is None else direct_exchange(launched.received, group.name)
+    if direct is not None and launched.lent is not None:
+        direct.give_back(launched.lent)
+
+
 def finish_exchange(launched: Launched, group: SequenceGroup) -> torch.Tensor:
     """Wait for a launched exchange and return the parts that came, joined."""
-    received, sent, route, into = launched
+    received, sent, route, into, _ = launched
     if sent is not None:
         return _Finish.apply(received, sent, route, group.name)  # type: ignore[no-any-return,no-untyped-call]
     arrived = arrive(received, route, group.name)
     return arrived if into is None or arrived is into else into.copy_(arrived)
-
-
-def gather_route(shape: Sequence[int], dim: int, lengths: Sequence[int]) -> Route:
-    """Return the route on which everyone gets everyone's tensor, joined along `dim`; rank `r` has `lengths[r]` there."""
-    everything = Cut(dim, (((0, shape[dim]),),) * len(lengths))
-    row = math.prod(shape[:dim]) * math.prod(shape[dim + 1 :])
-    counts = tuple([(row * length,) * len(lengths) for length in lengths])
-    whole = (*shape[:dim], sum(lengths), *shape[dim + 1 :])
-    return Route(everything, consecutive(dim, lengths), tuple(shape), whole, counts, is_gather=True)
 
 
 def all_gather(x: torch.Tensor, dim: int, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
@@ -169,7 +141,7 @@ def all_gather(x: torch.Tensor, dim: int, lengths: Sequence[int], group: Sequenc
 
     The gradient is summed over the ranks.
     """
-    return x if group.size == 1 else exchange(x, gather_route(x.shape, dim % x.dim(), lengths), group)
+    return x if group.size == 1 else exchange(x, gather_route(tuple(x.shape), dim % x.dim(), tuple(lengths)), group)
 
 
 def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:

@@ -1,123 +1,150 @@
-"""Exchanges by copy engines: each rank lays out what others need, and each fetches its parts.
+"""Exchanges by copy engines, which move memory between the devices of one host beside any kernel.
 
-Between the devices of one host, a copy engine moves memory over NVLink beside any kernel, while a collective's kernels take
-multiprocessors from the attention that they should hide behind. An exchange is: pack what others need into this rank's staging
-memory, which they can read (symmetric memory); say so; wait for each peer's word and copy its part straight to where it
-belongs; say that it is copied. The words are numbers of exchanges that the devices write into each other's memory and wait for
-(`fastvideo.distributed.symmetric`), so neither a kernel nor a host waits for a peer.
+A collective's kernels take multiprocessors from the attention that they should hide behind; a copy engine takes none. What
+devices say to each other are numbers of exchanges, which they write into each other's memory and wait for
+(`fastvideo.distributed.symmetric`), so neither a kernel nor a host waits for a peer. There are two ways:
 
-Staging memory is a ring: a later exchange overwrites an earlier one's region once all who read that have said so. All ranks
+- *Fetching*: pack what others need into this rank's staging memory; say so; wait for each peer's word and copy its part
+  straight to where it belongs; say that it is read. What is received is memory like any other.
+- *Sending*: copy each part straight into the peer's memory, and say so. Nothing is packed, and nobody waits for a peer that
+  isn't ready, but what is received is this rank's only until it gives it back (`DirectExchange.give_back`), as in inference.
+
+Memory is a ring of regions: a later exchange overwrites an earlier one's once all who read that have said so. All ranks
 compute the same regions, because a `Route` knows what every rank sends to every other.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import contextlib
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from fastvideo.distributed.recipes import Layout, fetching, sending
+from fastvideo.distributed.regions import LEAST_CAPACITY, Regions
+from fastvideo.distributed.routes import Route
+from fastvideo.distributed.rows import Form, Move, copy_wide
 from fastvideo.distributed.symmetric import SymmetricMemory, why_not_symmetric
 from fastvideo.settings import Settings
 
-if TYPE_CHECKING:
-    from fastvideo.distributed.collectives import Route
-
-__all__ = ["DirectExchange", "Fetch", "PeerMemory", "direct_exchange", "exchange_kind", "finish_direct", "has_own_places"]
-
-_ALIGNMENT = 512
-_LEAST_CAPACITY = 64 << 20
-_REGIONS_HELD = 2
-"""Exchanges of the largest size that staging memory holds: one is packed while another is read."""
-
-
-class Fetch(NamedTuple):
-    """What this rank copies from one peer.
-
-    Attributes:
-        peer: Whose staging memory it lies in.
-        source: Where it starts there, in bytes; it has no gaps.
-        target: Where it goes.
-    """
-
-    peer: int
-    source: int
-    target: torch.Tensor
-
-
-class Job(NamedTuple):
-    """One exchange as a rank carries it out.
-
-    Attributes:
-        number: Its number, the same on every rank.
-        waits: Peers, and up to which exchange they must have read this rank's staging memory before it is written.
-        packs: What goes to staging memory: targets and sources.
-        own: What stays on this rank, likewise.
-        readers: Peers that read what is packed.
-        fetches: What this rank reads, what comes from one peer together.
-        received: The tensors that are complete in the end.
-        is_hidden: Other work goes on meanwhile, so that what stays is left to copy engines; kernels are faster, and in the way.
-    """
-
-    number: int
-    waits: tuple[tuple[int, int], ...]
-    packs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    own: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    readers: tuple[int, ...]
-    fetches: tuple[Fetch, ...]
-    received: tuple[torch.Tensor, ...]
-    is_hidden: bool
+__all__ = ["DirectExchange", "PeerMemory", "Sent", "direct_exchange", "exchange_kind", "finish_direct"]
 
 
 class PeerMemory(Protocol):
-    """Memory that the ranks of a group read from each other, and words between their devices. All of it is asynchronous."""
+    """Memory that the ranks of a group share, words between their devices, and streams that carry them out asynchronously.
+
+    Attributes:
+        rank: This process's place in the group.
+        capacity: Bytes of memory of each rank.
+        addresses: Where that of each rank starts.
+        copies: A stream for copies between devices.
+        own: A stream for copies that stay on this one.
+    """
 
     rank: int
     capacity: int
+    addresses: tuple[int, ...]
+    copies: Any
+    own: Any
 
-    def grow(self, capacity: int, waits: tuple[tuple[int, int], ...]) -> None:
-        """Replace the staging memory by one of `capacity` bytes; a collective call. `waits` as of a `Job`."""
+    def grow(self, capacity: int, waits: Sequence[tuple[int, int]]) -> None:
+        """Replace the memory by one of `capacity` bytes once these peers have read up to these exchanges; a collective call.
+
+        All streams are idle then, on every rank.
+        """
         ...
 
-    def staging(self) -> torch.Tensor:
-        """Return this rank's staging memory, uint8."""
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return this rank's memory as elements, flat."""
         ...
 
-    def run(self, job: Job) -> None:
-        """Start an exchange."""
+    def guard(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which the memory's device is the current one."""
         ...
 
-    def finish(self, received: torch.Tensor) -> bool:
-        """Let what comes next wait until `received` is complete; return whether it was on its way."""
+    def current(self) -> Any:
+        """Return the caller's stream."""
+        ...
+
+    def mark(self, stream: Any) -> Any:
+        """Return a mark of all that was given to a stream so far."""
+        ...
+
+    def after(self, stream: Any, mark: Any) -> None:
+        """Let what comes next on a stream wait for a mark."""
+        ...
+
+    def copy(self, stream: Any, moves: Sequence[Move], bases: Sequence[int]) -> None:
+        """Copy rows between memories that begin at `bases`."""
+        ...
+
+    def write_written(self, stream: Any, peer: int, number: int) -> None:
+        """Tell a peer that this rank has written all of exchange `number`."""
+        ...
+
+    def write_read(self, stream: Any, peer: int, number: int) -> None:
+        """Tell a peer that this rank has read all of exchange `number`."""
+        ...
+
+    def wait_written(self, stream: Any, peer: int, number: int) -> None:
+        """Let what comes next on a stream wait until a peer has written all of exchange `number`."""
+        ...
+
+    def wait_read(self, stream: Any, peer: int, number: int) -> None:
+        """Let what comes next on a stream wait until a peer has read all of exchange `number`."""
         ...
 
 
-class _Region(NamedTuple):
-    start: int
+class _Coming:
+    """What is on its way to this rank, or lent to it.
+
+    Attributes:
+        received: The tensors that it completes.
+        done: A mark of this rank's part in the exchange.
+        sources: What copy engines read meanwhile, which must not be given to others before they have.
+        number: Of an exchange by sending.
+        senders: Peers whose word is still to be waited for.
+        own: A mark of what stays on this rank, still to be waited for.
+    """
+
+    def __init__(self, received: Sequence[torch.Tensor], done: Any, sources: Sequence[torch.Tensor]) -> None:
+        self.received, self.done, self.sources = received, done, sources
+        self.number = 0
+        self.senders: tuple[int, ...] = ()
+        self.own: Any = None
+
+
+class Sent(NamedTuple):
+    """An exchange by sending, on its way.
+
+    Attributes:
+        received: For each tensor what is received, to be read between `finish` and `give_back`.
+        number: What `give_back` takes.
+    """
+
+    received: tuple[torch.Tensor, ...]
     number: int
-    readers: tuple[int, ...]
 
 
 class DirectExchange:
     """The exchanges of one group, in the order that all its ranks make them.
 
     Args:
-        memory: Where the ranks meet.
+        staging: Where the ranks pack what others fetch.
+        landing: Where they receive what others send.
         size: Number of ranks.
     """
 
-    def __init__(self, memory: PeerMemory, size: int) -> None:
-        self._memory, self._size = memory, size
-        rank = memory.rank
-        self._peers = [(rank + distance) % size for distance in range(1, size)]
-        self._number = 0
-        self._next = 0
-        self._regions: deque[_Region] = deque()
+    def __init__(self, staging: PeerMemory, landing: PeerMemory, size: int) -> None:
+        self._staging, self._landing = staging, landing
+        self._peers = [(staging.rank + distance) % size for distance in range(1, size)]
+        self._packed, self._landed = Regions(), Regions()
+        self._coming: dict[int, _Coming] = {}
+        self._lent: deque[_Coming] = deque()
         self._lock = threading.Lock()
 
     def start(
@@ -128,159 +155,158 @@ class DirectExchange:
         *,
         is_hidden: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """Start the exchange of several tensors at once.
+        """Start the exchange of several tensors at once, by fetching.
 
         Args:
             tensors: What this rank sends.
             routes: The route of each.
             into: Where what is received goes, of its shape, if there is one tensor.
-            is_hidden: Other work goes on meanwhile.
+            is_hidden: Other work goes on meanwhile, so that copy engines pack; kernels are faster, and in the way.
 
         Returns:
             For each what is received, to be read after `finish`: of the route's shape, or flat if parts overlap there.
         """
-        rank = self._memory.rank
-        places, length = [], 0
-        for x, route in zip(tensors, routes, strict=True):
-            places.append(length)
-            length += _aligned(max(_places(route.counts, route.is_gather).packed) * x.element_size())
-        readers = tuple([peer for peer in self._peers if any(route.counts[rank][peer] for route in routes)])
-        with self._lock:
-            self._number += 1
-            start, waits = self._claim(length, readers)
-            received, packs, own, fetches = [], [], [], []
-            for x, route, place in zip(tensors, routes, places, strict=True):
-                packs += self._packs(x, route, start + place)
-                target = _room(x, route) if into is None else into
-                received.append(target)
-                parts = [_parts_of(target, route, sender) for sender in range(self._size)]
-                for piece, interval in zip(parts[rank], route.send.parts[rank], strict=True):
-                    stays = x.narrow(route.send.dim, interval[0], interval[1] - interval[0])
-                    own.append((piece.view(stays.shape), stays))
-                for peer in self._peers:
-                    source = start + place + _places(route.counts, route.is_gather).of[peer][rank] * x.element_size()
-                    for piece in parts[peer]:
-                        if piece.numel():
-                            fetches.append(Fetch(peer, source, piece))
-                            source += piece.numel() * x.element_size()
-            fetches.sort(key=lambda fetch: self._peers.index(fetch.peer))
-            own = [(to, x) for to, x in own if x.numel()]
-            self._memory.run(
-                Job(self._number, waits, tuple(packs), tuple(own), readers, tuple(fetches), tuple(received), is_hidden)
+        memory = self._staging
+        recipe = fetching(tuple(routes), _layouts(tensors), memory.rank, None if into is None else _layouts((into,))[0])
+        with self._lock, memory.guard():
+            claim = self._packed.claim(recipe.length, recipe.readers, memory.capacity, memory.grow)
+            received = (into,) if into is not None else tuple(map(torch.Tensor.new_empty, tensors, recipe.shapes))
+            bases = _bases(tensors, received, memory.addresses, claim.start)
+            current, copies = memory.current(), memory.copies
+            is_beside = is_hidden and all(piece.moves is not None for piece in recipe.packs)
+            packing = copies if is_beside else current
+            if is_beside:
+                memory.after(copies, memory.mark(current))
+            for peer, number in claim.waits:
+                memory.wait_read(packing, peer, number)
+            for piece in recipe.packs:
+                if piece.moves is not None and (is_beside or piece.is_plain):
+                    memory.copy(packing, piece.moves, bases)
+                else:
+                    staging = memory.view(tensors[piece.source.base].dtype)
+                    copy_wide(_tensor(piece.target, staging, claim.start), _tensor(piece.source, tensors[piece.source.base]))
+            for piece in recipe.own:
+                if piece.moves is None:
+                    target = received[piece.target.base - len(tensors)]
+                    copy_wide(_tensor(piece.target, target), _tensor(piece.source, tensors[piece.source.base]))
+            ready = memory.mark(current)
+            memory.after(copies, ready)
+            for reader in recipe.readers:
+                memory.write_written(copies, reader, claim.number)
+            own = self._copy_own(memory, [move for piece in recipe.own for move in piece.moves or ()], bases, ready)
+            for peer, moves in recipe.fetches:
+                memory.wait_written(copies, peer, claim.number)
+                memory.copy(copies, moves, bases)
+                memory.write_read(copies, peer, claim.number)
+            if own is not None:
+                memory.after(copies, own)
+            coming = _Coming(received, memory.mark(copies), tensors)
+            if not self._await(coming):
+                memory.after(current, coming.done)
+        return received
+
+    def send(self, tensors: Sequence[torch.Tensor], routes: Sequence[Route]) -> Sent:
+        """Start the exchange of several tensors at once, by sending; what is received has to be given back.
+
+        Args:
+            tensors: What this rank sends.
+            routes: The route of each; what is received is joined along dim 1, in the order of ranks.
+        """
+        memory = self._landing
+        recipe = sending(tuple(routes), _layouts(tensors), memory.rank)
+        if recipe is None:
+            tensors = [x.contiguous() for x in tensors]
+            recipe = sending(tuple(routes), _layouts(tensors), memory.rank)
+        if recipe is None:
+            raise ValueError(f"expected parts that copy engines take, got {[tuple(x.shape) for x in tensors]} by {routes}")
+        with self._lock, memory.guard():
+            lent_from = self._lent[0].number if self._lent else None
+            claim = self._landed.claim(recipe.length, recipe.readers, memory.capacity, self._grow_landing, lent_from)
+            received = tuple(
+                [_tensor(form, memory.view(x.dtype), claim.start) for form, x in zip(recipe.received, tensors, strict=True)]
             )
-        return tuple(received)
+            bases = _bases(tensors, received, memory.addresses, claim.start)
+            copies, ready = memory.copies, memory.mark(memory.current())
+            memory.after(copies, ready)
+            for peer, number in claim.waits:
+                memory.wait_read(copies, peer, number)
+            for peer, moves in recipe.sends:
+                memory.copy(copies, moves, bases)
+                memory.write_written(copies, peer, claim.number)
+            own = self._copy_own(memory, recipe.own, bases, ready)
+            coming = _Coming(received, memory.mark(copies), tensors)
+            coming.number, coming.senders, coming.own = claim.number, recipe.senders, own
+            self._await(coming)
+            self._lent.append(coming)
+        return Sent(received, claim.number)
 
     def finish(self, received: torch.Tensor) -> bool:
-        """Let what comes next on this stream wait until `received` is complete; return whether `start` returned it."""
-        return self._memory.finish(received)
+        """Let what comes next on this stream wait until `received` is complete; return whether it was on its way."""
+        coming = self._coming.get(received.data_ptr()) if received.numel() else None
+        if coming is None:
+            return False
+        memory = self._landing if coming.number else self._staging
+        current = memory.current()
+        if not coming.number:
+            del self._coming[received.data_ptr()]
+            memory.after(current, coming.done)
+            return True
+        with memory.guard():
+            for sender in coming.senders:
+                memory.wait_written(current, sender, coming.number)
+            if coming.own is not None:
+                memory.after(current, coming.own)
+        coming.senders, coming.own = (), None
+        return True
 
-    def _claim(self, length: int, readers: tuple[int, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """Return where this exchange's region starts, and who must have read what was there.
+    def give_back(self, number: int) -> None:
+        """Let others write where what was received up to exchange `number` lies, once this stream is done so far."""
+        memory = self._landing
+        with self._lock, memory.guard():
+            current = memory.current()
+            while self._lent and self._lent[0].number <= number:
+                coming = self._lent.popleft()
+                # What was sent is the caller's again.
+                memory.after(current, coming.done)
+                for x in coming.received:
+                    self._coming.pop(x.data_ptr(), None)
+            for peer in self._peers:
+                memory.write_read(current, peer, number)
 
-        Regions follow one another, so those in the way are the oldest.
-        """
-        memory, regions = self._memory, self._regions
-        before: list[_Region] = []
-        if length > memory.capacity:
-            before += regions
-            regions.clear()
-            memory.grow(max(_LEAST_CAPACITY, _REGIONS_HELD * length), _readers_of(before))
-            before, self._next = [], 0
-        start = self._next
-        if start + length > memory.capacity:
-            while regions and regions[0].start >= start:
-                before.append(regions.popleft())
-            start = 0
-        while regions and start <= regions[0].start < start + length:
-            before.append(regions.popleft())
-        regions.append(_Region(start, self._number, readers))
-        self._next = start + length
-        return start, _readers_of(before)
+    def _grow_landing(self, capacity: int, _waits: Sequence[tuple[int, int]]) -> None:
+        """Replace the memory in which others' parts land. What is lent keeps the old one, and has arrived there."""
+        self._landing.grow(capacity, ())
+        for coming in self._lent:
+            coming.senders, coming.own = (), None
 
-    def _packs(self, x: torch.Tensor, route: Route, start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return where in staging memory what peers need of `x` goes, part after part."""
-        rank, item = self._memory.rank, x.element_size()
-        staging = self._memory.staging()
-        dim, parts = route.send
-        if route.is_gather:
-            return [(staging[start : start + x.numel() * item].view(x.dtype).view(x.shape), x)] if x.numel() else []
-        packs, places = [], _places(route.counts, route.is_gather).of[rank]
-        for peer in self._peers:
-            position = start + places[peer] * item
-            for first, last in parts[peer]:
-                piece = x.narrow(dim, first, last - first)
-                stop = position + piece.numel() * item
-                if piece.numel():
-                    packs.append((staging[position:stop].view(x.dtype).view(piece.shape), piece))
-                position = stop
-        return packs
+    def _await(self, coming: _Coming) -> bool:
+        """Remember what is on its way by its address; return whether there is any."""
+        found = {x.data_ptr(): coming for x in coming.received if x.numel()}
+        self._coming |= found
+        return len(found) > 0
 
-
-def _readers_of(regions: Sequence[_Region]) -> tuple[tuple[int, int], ...]:
-    """Return the readers of regions, oldest first, and the last exchange that each has read there."""
-    last: dict[int, int] = {}
-    for region in regions:
-        last.update(dict.fromkeys(region.readers, region.number))
-    return tuple(last.items())
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    @staticmethod
+    def _copy_own(memory: PeerMemory, moves: Sequence[Move], bases: Sequence[int], ready: Any) -> Any:
+        """Copy what stays on this rank beside all else, and return a mark of it."""
+        if not moves:
+            return None
+        memory.after(memory.own, ready)
+        memory.copy(memory.own, moves, bases)
+        return memory.mark(memory.own)
 
 
-def has_own_places(route: Route) -> bool:
-    """Return whether what is received falls into parts that do not overlap, so that each goes straight to its place."""
-    intervals = sorted(interval for part in route.receive.parts for interval in part if interval[1] > interval[0])
-    stops = [0, *[last for _, last in intervals]]
-    return stops[-1] == route.shape[route.receive.dim] and [first for first, _ in intervals] == stops[:-1]
+def _layouts(tensors: Sequence[torch.Tensor]) -> tuple[Layout, ...]:
+    return tuple([Layout(tuple(x.shape), x.stride(), x.element_size()) for x in tensors])
 
 
-def _room(x: torch.Tensor, route: Route) -> torch.Tensor:
-    """Return an empty tensor for what is received: of the route's shape if each part has a place of its own, else flat."""
-    if has_own_places(route):
-        return x.new_empty(route.shape)
-    return x.new_empty(sum(math.prod(piece) for sender in range(len(route.counts)) for piece in _shapes(route, sender)))
+def _bases(tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor], regions: Sequence[int], start: int) -> list[int]:
+    """Return where the memories begin that a recipe numbers."""
+    return [*[x.data_ptr() for x in tensors], *[x.data_ptr() for x in received], *[region + start for region in regions]]
 
 
-def _parts_of(received: torch.Tensor, route: Route, sender: int) -> list[torch.Tensor]:
-    """Return where the part of `sender` goes, an entry for each of its intervals."""
-    dim, parts = route.receive
-    if received.dim() == len(route.shape):
-        return [received.narrow(dim, first, last - first) for first, last in parts[sender]]
-    position = sum(math.prod(piece) for before in range(sender) for piece in _shapes(route, before))
-    pieces = []
-    for shape in _shapes(route, sender):
-        pieces.append(received[position : position + math.prod(shape)])
-        position += math.prod(shape)
-    return pieces
-
-
-def _shapes(route: Route, sender: int) -> list[tuple[int, ...]]:
-    dim, parts = route.receive
-    return [(*route.shape[:dim], last - first, *route.shape[dim + 1 :]) for first, last in parts[sender]]
-
-
-class _Places(NamedTuple):
-    """Where parts lie among what a sender lays out, in elements: `of[sender][receiver]`, and how many there are in all."""
-
-    of: tuple[tuple[int, ...], ...]
-    packed: tuple[int, ...]
-
-
-@functools.lru_cache(maxsize=1024)
-def _places(counts: tuple[tuple[int, ...], ...], is_gather: bool) -> _Places:
-    """Return the places for a route's counts. Each sender begins with the part of its next rank."""
-    size = len(counts)
-    of, packed = [], []
-    for sender, row in enumerate(counts):
-        place, position = [0] * size, 0
-        for distance in range(1, size):
-            receiver = (sender + distance) % size
-            place[receiver] = 0 if is_gather else position
-            position = max(position, row[receiver]) if is_gather else position + row[receiver]
-        of.append(tuple(place))
-        packed.append(position)
-    return _Places(tuple(of), tuple(packed))
+def _tensor(form: Form, memory: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Return what lies in a tensor's memory as `form` says, and `start` bytes further."""
+    return memory.as_strided(form.shape, form.strides, memory.storage_offset() + (form.start + start) // form.item)
 
 
 _exchanges: dict[str, tuple[weakref.ref[object], DirectExchange | None]] = {}
@@ -339,9 +365,10 @@ def _open(device: torch.device, group: torch.distributed.ProcessGroup) -> Direct
     wish = Settings.current().exchange
     reason = why_not_symmetric(device, group, wish)
     if reason is None:
-        memory, reason = SymmetricMemory.open(device, group, _LEAST_CAPACITY)
-        if memory is not None:
-            return DirectExchange(memory, group.size())
+        staging, reason = SymmetricMemory.open(device, group, LEAST_CAPACITY)
+        landing, reason = (None, reason) if staging is None else SymmetricMemory.open(device, group, LEAST_CAPACITY)
+        if staging is not None and landing is not None:
+            return DirectExchange(staging, landing, group.size())
     if wish == "direct":
         raise RuntimeError(
             f"FASTVIDEO_EXCHANGE=direct was asked for, and the ranks of group {group.group_name!r} can't: {reason}; "

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastvideo.distributed.collectives import Cut, Interval, Route, arrive, start
+from fastvideo.distributed.collectives import arrive, start
 from fastvideo.distributed.merge import PartialMerger
 from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.routes import Cut, Interval, Route
 from fastvideo.distributed.shards import split_lengths
 
 __all__ = ["PartKernels", "Step", "attend_in_parts", "balanced_pieces", "causal_steps", "regroup_route", "ring_steps"]

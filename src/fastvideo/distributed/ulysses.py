@@ -13,15 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastvideo.distributed.collectives import (
-    Cut,
-    Interval,
-    Route,
-    all_gather,
-    consecutive,
-    exchange,
-)
+from fastvideo.distributed.collectives import all_gather, exchange
 from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.routes import Cut, Interval, Route, consecutive, remembered
 from fastvideo.distributed.shards import split_lengths
 
 __all__ = [
@@ -66,6 +60,7 @@ class HeadShares(NamedTuple):
         return tuple(head // readers - first for head in range(start, stop, group)) if group else ()
 
 
+@remembered
 def share_heads(num_heads: int, num_kv_heads: int, size: int, piece: int = 0, num_pieces: int = 1) -> HeadShares:
     """Share query heads over `size` ranks as evenly as they go, and key heads with those who read them.
 
@@ -157,7 +152,8 @@ def join_heads(pieces: Sequence[torch.Tensor], size: int) -> torch.Tensor:
     return torch.cat(by_rank, dim=3).flatten(2, 3)
 
 
-def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int) -> Route:
+@remembered
+def head_route(shape: tuple[int, ...], heads: tuple[Interval, ...], lengths: tuple[int, ...], rank: int) -> Route:
     """Return the route of a rank's tokens of all heads to all tokens of its heads.
 
     Args:
@@ -177,8 +173,9 @@ def head_route(shape: Sequence[int], heads: Sequence[Interval], lengths: Sequenc
     return Route(by_heads, consecutive(1, lengths), tuple(shape), (shape[0], sum(lengths), stop - start, shape[-1]), counts)
 
 
+@remembered
 def token_route(
-    shape: Sequence[int], heads: Sequence[Interval], lengths: Sequence[int], rank: int, *, is_group: bool = False
+    shape: tuple[int, ...], heads: tuple[Interval, ...], lengths: tuple[int, ...], rank: int, *, is_group: bool = False
 ) -> Route:
     """Return the route of all tokens of a rank's heads back to its tokens of all heads.
 
@@ -206,7 +203,7 @@ def tokens_to_heads(tensors: Sequence[torch.Tensor], lengths: Sequence[int], gro
     result = []
     for x in tensors:
         shares = share_heads(x.shape[2], x.shape[2], group.size)
-        result.append(exchange(x, head_route(x.shape, shares.query, lengths, group.rank), group))
+        result.append(exchange(x, head_route(x.shape, shares.query, tuple(lengths), group.rank), group))
     return tuple(result)
 
 
@@ -214,7 +211,7 @@ def heads_to_tokens(x: torch.Tensor, lengths: Sequence[int], group: SequenceGrou
     """Exchange `[B, S, H/P, D]` for `[B, S_r, H, D]`, rank r having `lengths[r]` tokens."""
     size, num_heads = group.size, x.shape[2]
     heads = share_heads(num_heads * size, num_heads * size, size).query
-    return exchange(x, token_route(x.shape, heads, lengths, group.rank), group)
+    return exchange(x, token_route(x.shape, heads, tuple(lengths), group.rank), group)
 
 
 def exchange_mask(

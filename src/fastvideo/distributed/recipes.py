@@ -1,0 +1,248 @@
+"""What of an exchange follows from shapes, strides and routes alone: worked out once, kept, and carried out many times.
+
+There are two ways to exchange. *Fetching*: each rank packs what others need into its staging memory, and each copies its parts
+from there to where they belong. *Sending*: each rank copies parts straight into the memory of others, where they are
+read in place; nothing is packed, but what is received has to be given back before its place is used again.
+
+A recipe speaks of memories by number: tensors that are sent, tensors that are received, then the region of each rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from fastvideo.distributed.regions import aligned
+from fastvideo.distributed.routes import Route, has_own_places
+from fastvideo.distributed.rows import Form, Move, contiguous, moves, narrowed
+
+__all__ = ["Fetching", "Layout", "Piece", "Sending", "fetching", "sending"]
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in its memory: its shape, strides in elements and bytes of an element."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item: int
+
+
+class Piece(NamedTuple):
+    """A part of a tensor, where it goes, and how copy engines take it there; `None` where they can't."""
+
+    target: Form
+    source: Form
+    moves: tuple[Move, ...] | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one stretch of memory here and there, which needs no kernel to be fast."""
+        return self.moves is not None and all(move.number == 1 for move in self.moves)
+
+
+class Fetching(NamedTuple):
+    """How a rank carries out an exchange in which each fetches its parts.
+
+    Attributes:
+        length: Bytes of the region that every rank packs for its peers.
+        readers: Peers that fetch from this rank.
+        packs: What goes to this rank's region.
+        own: What stays on this rank.
+        fetches: What this rank fetches, by peer, next rank first.
+        shapes: Of what is received.
+    """
+
+    length: int
+    readers: tuple[int, ...]
+    packs: tuple[Piece, ...]
+    own: tuple[Piece, ...]
+    fetches: tuple[tuple[int, tuple[Move, ...]], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Sending(NamedTuple):
+    """How a rank carries out an exchange in which each sends its parts.
+
+    Attributes:
+        length: Bytes of the region in which each rank receives.
+        readers: Peers that receive from others.
+        senders: Peers that send to this rank.
+        sends: What this rank sends, by peer, next rank first.
+        own: What stays on this rank.
+        received: What is received: where in this rank's region, and how.
+    """
+
+    length: int
+    readers: tuple[int, ...]
+    senders: tuple[int, ...]
+    sends: tuple[tuple[int, tuple[Move, ...]], ...]
+    own: tuple[Move, ...]
+    received: tuple[Form, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def fetching(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int, into: Layout | None = None) -> Fetching:
+    """Return how `rank` exchanges tensors by fetching.
+
+    Args:
+        routes: The route of each.
+        layouts: How they lie.
+        rank: This rank.
+        into: How that lies where what is received goes, if there is one tensor; `None` makes room for it.
+
+    Raises:
+        ValueError: Where it goes are no rows at equal distances.
+    """
+    size, num = len(routes[0].counts), len(routes)
+    peers = [(rank + distance) % size for distance in range(1, size)]
+    packs: list[Piece] = []
+    own: list[Piece] = []
+    fetches: dict[int, list[Move]] = {peer: [] for peer in peers}
+    shapes: list[tuple[int, ...]] = []
+    start = 0
+    for number, (route, layout) in enumerate(zip(routes, layouts, strict=True)):
+        places = _places(route.counts, route.is_gather)
+        packs += _packs(Form(number, 0, *layout), route, rank, 2 * num + rank, start)
+        shapes.append(_shape(route))
+        room = contiguous(num + number, 0, shapes[-1], layout.item) if into is None else Form(num + number, 0, *into)
+        for target, (first, last) in zip(_parts_of(room, route, rank), route.send.parts[rank], strict=True):
+            stays = narrowed(Form(number, 0, *layout), route.send.dim, first, last)
+            target = _shaped(target, stays.shape)
+            own.append(Piece(target, stays, moves(target, stays)))
+        for peer in peers:
+            place = start + places.of[peer][rank] * layout.item
+            for target in _parts_of(room, route, peer):
+                found = moves(target, contiguous(2 * num + peer, place, target.shape, layout.item))
+                if found is None:
+                    raise ValueError(f"expected room for rows, got strides {target.strides} of {target.shape}")
+                fetches[peer] += found
+                place += math.prod(target.shape) * layout.item
+        start += aligned(max(places.packed) * layout.item)
+    return Fetching(
+        start,
+        tuple([peer for peer in peers if any(route.counts[rank][peer] for route in routes)]),
+        tuple(packs),
+        tuple([piece for piece in own if piece.moves != ()]),
+        tuple([(peer, tuple(found)) for peer, found in fetches.items() if found]),
+        tuple(shapes),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def sending(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int) -> Sending | None:
+    """Return how `rank` exchanges tensors by sending; `None` where one lies so that copy engines can't take its parts.
+
+    What is received has to be joined along dim 1, in the order of ranks.
+
+    Args:
+        routes: The route of each.
+        layouts: How they lie.
+        rank: This rank.
+    """
+    size, num = len(routes[0].counts), len(routes)
+    peers = [(rank + distance) % size for distance in range(1, size)]
+    sends: dict[int, list[Move]] = {peer: [] for peer in (*peers, rank)}
+    received: list[Form] = []
+    start = 0
+    for number, (route, layout) in enumerate(zip(routes, layouts, strict=True)):
+        if route.receive.dim != 1 or not has_own_places(route):
+            raise ValueError(f"expected parts that are joined along dim 1, got {route.receive}")
+        batch, totals = route.shape[0], [sum(column) for column in zip(*route.counts, strict=True)]
+        for peer, found in sends.items():
+            # Each sample is what comes from one rank after another.
+            place = start + sum(route.counts[sender][peer] for sender in range(rank)) // batch * layout.item
+            for first, last in route.send.parts[peer]:
+                piece = narrowed(Form(number, 0, *layout), route.send.dim, first, last)
+                target = contiguous(2 * num + peer, place, piece.shape, layout.item)
+                target = target._replace(strides=(totals[peer] // batch, *target.strides[1:]))
+                part = moves(target, piece)
+                if part is None:
+                    return None
+                found += part
+                place += math.prod(piece.shape) // batch * layout.item
+        received.append(contiguous(2 * num + rank, start, route.shape, layout.item))
+        start += aligned(max(totals) * layout.item)
+    everyone = range(size)
+    return Sending(
+        start,
+        tuple([p for p in peers if any(route.counts[s][p] for route in routes for s in everyone if s != p)]),
+        tuple([peer for peer in peers if any(route.counts[peer][rank] for route in routes)]),
+        tuple([(peer, tuple(sends[peer])) for peer in peers if sends[peer]]),
+        tuple(sends[rank]),
+        tuple(received),
+    )
+
+
+def _packs(x: Form, route: Route, rank: int, base: int, start: int) -> list[Piece]:
+    """Return what peers need of `x`, and where in this rank's region it goes, part after part."""
+    if route.is_gather:
+        whole = contiguous(base, start, x.shape, x.item)
+        return [Piece(whole, x, moves(whole, x))] if math.prod(x.shape) else []
+    packs, size = [], len(route.counts)
+    places = _places(route.counts, route.is_gather).of[rank]
+    for peer in [(rank + distance) % size for distance in range(1, size)]:
+        position = start + places[peer] * x.item
+        for first, last in route.send.parts[peer]:
+            piece = narrowed(x, route.send.dim, first, last)
+            target = contiguous(base, position, piece.shape, x.item)
+            if math.prod(piece.shape):
+                packs.append(Piece(target, piece, moves(target, piece)))
+            position += math.prod(piece.shape) * x.item
+    return packs
+
+
+def _shape(route: Route) -> tuple[int, ...]:
+    """Return the shape of what is received: the route's if each part has a place of its own, else flat."""
+    if has_own_places(route):
+        return tuple(route.shape)
+    return (sum(math.prod(piece) for sender in range(len(route.counts)) for piece in _shapes(route, sender)),)
+
+
+def _parts_of(received: Form, route: Route, sender: int) -> list[Form]:
+    """Return where the part of `sender` goes, an entry for each of its intervals."""
+    dim, parts = route.receive
+    if len(received.shape) == len(route.shape):
+        return [narrowed(received, dim, first, last) for first, last in parts[sender]]
+    position = sum(math.prod(piece) for before in range(sender) for piece in _shapes(route, before))
+    pieces = []
+    for shape in _shapes(route, sender):
+        pieces.append(contiguous(received.base, received.start + position * received.item, shape, received.item))
+        position += math.prod(shape)
+    return pieces
+
+
+def _shapes(route: Route, sender: int) -> list[tuple[int, ...]]:
+    dim, parts = route.receive
+    return [(*route.shape[:dim], last - first, *route.shape[dim + 1 :]) for first, last in parts[sender]]
+
+
+def _shaped(form: Form, shape: tuple[int, ...]) -> Form:
+    """Return a form with dims of size 1 more or fewer, of as many elements."""
+    if form.shape == shape:
+        return form
+    kept = iter([stride for size, stride in zip(form.shape, form.strides, strict=True) if size != 1])
+    return form._replace(shape=shape, strides=tuple([1 if size == 1 else next(kept) for size in shape]))
+
+
+class _Places(NamedTuple):
+    """Where parts lie among what a sender packs, in elements: `of[sender][receiver]`, and how many there are in all."""
+
+    of: tuple[tuple[int, ...], ...]
+    packed: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(counts: tuple[tuple[int, ...], ...], is_gather: bool) -> _Places:
+    """Return the places for a route's counts. Each sender begins with the part of its next rank."""
+    size = len(counts)
+    of, packed = [], []
+    for sender, row in enumerate(counts):
+        place, position = [0] * size, 0
+        for distance in range(1, size):
+            receiver = (sender + distance) % size
+            place[receiver] = 0 if is_gather else position
+            position = max(position, row[receiver]) if is_gather else position + row[receiver]
+        of.append(tuple(place))
+        packed.append(position)
+    return _Places(tuple(of), tuple(packed))
