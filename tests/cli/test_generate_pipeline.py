@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from fastvideo.cli import main
 from fastvideo.cli.media import contact_sheet
 from fastvideo.cli.pipeline import _few_step_scheduler, parse_policy
+from fastvideo.cli.pipeline_folder import load_pipeline, read_pipeline_folder
 from fastvideo.models.wan import WanTransformer3DModel
 from fastvideo.testing import meeting_point
 
@@ -212,6 +213,10 @@ BREAKAGES = {
         lambda path: shutil.copy(path / "vae" / WEIGHTS, path / "text_encoder" / "model.safetensors"),
         r"weights of UMT5EncoderModel are missing: encoder\.",
     ),
+    "a text encoder with a weight too many": (
+        lambda path: add_weight(path / "text_encoder" / "model.safetensors", "encoder.block.7.extra.weight"),
+        r"weights of UMT5EncoderModel would be dropped.*encoder\.block\.7\.extra\.weight",
+    ),
     "a VAE with a weight too many": (
         lambda path: rewrite(path, lambda weights: {**weights, "decoder.extra": torch.zeros(2)}, "vae"),
         r"weights of AutoencoderKLWan would be dropped.*decoder\.extra",
@@ -240,9 +245,23 @@ def reindex(path: Path, changes: dict) -> None:
     (path / "model_index.json").write_text(json.dumps({**index, **changes}))
 
 
+def add_weight(file: Path, name: str) -> None:
+    save_file({**load_file(file), name: torch.zeros(2)}, file, metadata={"format": "pt"})
+
+
 def rewrite(path: Path, change, component: str = "transformer") -> None:
     file = path / component / WEIGHTS
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_weights_that_a_class_says_it_does_not_need_are_named(tmp_path: Path) -> None:
+    ltx().save_pretrained(tmp_path / "ltx")
+    add_weight(tmp_path / "ltx" / "text_encoder" / "model.safetensors", "decoder.block.0.weight")
+    folder = read_pipeline_folder(tmp_path / "ltx")
+    with pytest.warns(
+        UserWarning, match=r"text_encoder: T5EncoderModel is loaded without weights .*: decoder\.block\.0\.weight"
+    ):
+        load_pipeline(folder, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
@@ -276,6 +295,14 @@ REFUSALS = {
     "policy field": (["--policy", '{"rule": []}'], "a policy has no field 'rule'; it has default, rules"),
     "rule field": (["--policy", '{"rules": [{"backed": "TORCH_SDPA"}]}'], "a rule has no field 'backed'"),
     "rule without backend": (["--policy", '{"rules": [{"role": "self"}]}'], "a rule needs 'backend'"),
+    "rule beyond the run": (
+        [
+            "--compare",
+            "--policy",
+            '{"rules": [{"role": "self", "steps": "3-", "backend": "VIDEO_SPARSE_ATTN", "sparsity": 0.5}]}',
+        ],
+        "the run has 3 steps, and rule 0, Rule(role='self', steps='3-'",
+    ),
     "backend": (["--policy", "TORCH_SPDA"], "did you mean TORCH_SDPA"),
     "backend that can't": (["--backend", "FLASH_ATTN"], "device 'cpu' is not supported"),
     "timesteps": (["--timesteps", "500", "900"], "--timesteps that fall"),

@@ -18,6 +18,7 @@ from fastvideo.attention.backends.video_sparse_attn import (
     VideoSparseAttentionBackend,
     VideoSparseAttentionMetadataBuilder,
 )
+from fastvideo.block_sparse import selection
 from fastvideo.forward_context import get_forward_context, set_forward_context
 from fastvideo.integrations.diffusers import (
     AttentionPolicy,
@@ -81,8 +82,15 @@ def test_a_grid_can_be_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan"])
-def test_recomputation_runs_by_the_plan_of_its_own_forward_call(name: str) -> None:
+def test_recomputation_runs_by_the_plan_of_its_own_forward_call(name: str, monkeypatch) -> None:
     model, inputs = make(name)
+    choices, choose = [0], selection.top_k_ascending
+
+    def counting(scores, k):
+        choices[0] += 1
+        return choose(scores, k)
+
+    monkeypatch.setattr(selection, "top_k_ascending", counting)
     apply(model, SPARSE_LATER)
 
     def two_steps() -> dict[str, torch.Tensor]:
@@ -95,6 +103,8 @@ def test_recomputation_runs_by_the_plan_of_its_own_forward_call(name: str) -> No
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     expected = two_steps()
+    num_choices, choices[0] = choices[0], 0
+    assert num_choices > 0
     model.train()
     model.enable_gradient_checkpointing()
     function = model._gradient_checkpointing_func
@@ -102,6 +112,7 @@ def test_recomputation_runs_by_the_plan_of_its_own_forward_call(name: str) -> No
     assert found.keys() == expected.keys()
     for key, grad in found.items():
         assert torch.allclose(grad, expected[key], atol=1e-5, rtol=1e-4), key
+    assert choices[0] == num_choices  # the forward pass's tiles are kept
     remove(model)
     assert model._gradient_checkpointing_func is function
 

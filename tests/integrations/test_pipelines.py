@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 from typing import Any
 
 import diffusers
@@ -78,6 +79,44 @@ def test_between_runs_nobody_knows_the_step(phases: list[int]) -> None:
     with denoising_step(0):
         call(pipe.transformer, CASES["wan"].inputs())
     assert phases[-1] == 0
+
+
+def test_a_rule_beyond_a_runs_steps_is_named() -> None:
+    pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    late = Rule(role="self", steps="4-", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)
+    apply(pipe, AttentionPolicy(rules=[Rule(steps="0-1", backend="TORCH_SDPA"), late]))
+    with pytest.warns(
+        UserWarning, match=r"this run has 4 steps, and rule 1, Rule\(role='self', steps='4-', .* in none of them"
+    ):
+        run(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(pipe, num_inference_steps=5)
+        apply(pipe, SPARSE_LATER)
+        run(pipe)
+
+
+def test_pipelines_that_share_a_model_take_turns(phases: list[int]) -> None:
+    """Each counts its own steps; while one is in the middle of its run, the other is refused instead of given its step."""
+    pipe, other = (wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler()) for _ in range(2))
+    other.register_modules(transformer=pipe.transformer, transformer_2=pipe.transformer_2)
+    for each in (pipe, other, pipe):
+        apply(each, SPARSE_LATER)
+    run(other, guidance_scale=1.0)
+    run(pipe, guidance_scale=1.0)
+    run(other, guidance_scale=1.0, num_inference_steps=3)
+    assert phases == [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
+
+    def interrupt(*_: Any) -> None:
+        run(other)
+
+    with pytest.raises(ValueError, match="2 pipelines that share this model are in the middle of a run"):
+        run(pipe, callback_on_step_end=interrupt)
+    remove(other)
+    apply(other, SPARSE_LATER)
+    phases.clear()
+    run(other, guidance_scale=1.0)
+    assert phases == [0, 0, 1, 1]
 
 
 def test_steps_are_found_by_their_timestep_where_the_scheduler_does_not_count(phases: list[int]) -> None:

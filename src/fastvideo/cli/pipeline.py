@@ -106,11 +106,12 @@ def generate_with_pipeline(args: argparse.Namespace, rank: int, device: torch.de
     if image is not None:
         wanted |= image_arguments(pipe, image, wanted.get("height"), wanted.get("width"))
     arguments = _accepted_arguments(pipe, wanted)
+    plans = _set_attention(pipe, folder, policy, args.sparsity, num_steps=_num_steps(pipe, arguments))
     clips = []
     if args.compare:
         _set_attention(pipe, folder, None)
         clips.append(_run(pipe, arguments, args, rank, "sparsity 0" if folder.gated else "diffusers' attention"))
-    plans = _set_attention(pipe, folder, policy, args.sparsity)
+        plans = _set_attention(pipe, folder, policy, args.sparsity)
     what = f"sparsity {_sparsity_of(pipe, folder):g}" if folder.gated else "this system's attention"
     clips.append(_run(pipe, arguments, args, rank, what))
     if rank == 0:
@@ -137,8 +138,25 @@ def _policy(args: argparse.Namespace, folder: PipelineFolder) -> AttentionPolicy
     return AttentionPolicy()
 
 
-def _set_attention(pipe: Any, folder: PipelineFolder, policy: AttentionPolicy | None, sparsity: float | None = None) -> str:
-    """Put this system's attention on the pipeline, or take it off for `None`; return the plan for people."""
+def _num_steps(pipe: Any, arguments: Mapping[str, Any]) -> int | None:
+    """Return how many steps the run will have; `None` for schedulers that call the model more often than once a step."""
+    default = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+    return arguments.get("num_inference_steps", default) if getattr(pipe.scheduler, "order", 1) == 1 else None
+
+
+def _set_attention(
+    pipe: Any,
+    folder: PipelineFolder,
+    policy: AttentionPolicy | None,
+    sparsity: float | None = None,
+    *,
+    num_steps: int | None = None,
+) -> str:
+    """Put this system's attention on the pipeline, or take it off for `None`; return the plan for people.
+
+    Raises:
+        ValueError: The policy doesn't fit the pipeline, or has a rule that decides nothing within `num_steps`.
+    """
     if folder.gated:
         trained_for = read_json(folder.path / folder.gated[0] / CONFIG_NAME).get(SPARSITY_NOTE, _GATED_SPARSITY)
         value = 0.0 if policy is None else float(trained_for) if sparsity is None else sparsity
@@ -151,7 +169,11 @@ def _set_attention(pipe: Any, folder: PipelineFolder, policy: AttentionPolicy | 
         remove(pipe)
         return ""
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-    return str(apply(pipe, attention=policy, parallel=group))
+    plans = apply(pipe, attention=policy, parallel=group)
+    idle = next(iter(plans.values())).idle_rules(num_steps) if num_steps is not None else ""
+    if idle:
+        raise ValueError(f"the run has {num_steps} steps, and {idle} in none of them; change --steps or the --policy")
+    return str(plans)
 
 
 def _sparsity_of(pipe: Any, folder: PipelineFolder) -> float:

@@ -6,6 +6,8 @@ A folder is checked before anything is loaded, by file names and headers alone, 
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,9 @@ def load_pipeline(folder: PipelineFolder, device: torch.device, dtype: torch.dty
         ImportError: diffusers or transformers is missing.
         NotImplementedError: diffusers has no such pipeline, or gates stand in a transformer that isn't Wan's.
         ValueError: A component can't be loaded or is absent, or weights would be dropped, or made up.
+
+    Warns:
+        UserWarning: Weights are dropped that a model's class says it doesn't need.
     """
     try:
         import accelerate  # noqa: F401  # diffusers' own message doesn't say what to install
@@ -178,21 +183,33 @@ def _check_all_there(folder: PipelineFolder, pipe: Any) -> None:
 
 
 def _check_all_used(folder: Path, model: Any, stored: frozenset[str]) -> None:
-    """Raise where weights were dropped or made up, which diffusers and transformers only log."""
+    """Raise where weights were dropped or made up, which diffusers and transformers only log, and warn of needless ones."""
     from transformers import PreTrainedModel
 
-    dropped: list[str] = []
+    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    name = type(model).__name__
+    unplaced = stored.difference(model.state_dict())
+    made_up: set[str]
+    dropped: set[str]
     if isinstance(model, PreTrainedModel):
         # transformers ties and renames weights, and knows itself what it lacked; on "meta" it reads headers alone.
         model_cls: Any = type(model)
         _, found = model_cls.from_pretrained(folder, device_map="meta", output_loading_info=True, local_files_only=True)
-        made_up = sorted(found["missing_keys"])
+        made_up, dropped = set(found["missing_keys"]), set(found["unexpected_keys"])
     else:
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        known = set(model.state_dict())
-        dropped = sorted(name for name in stored - known if not any(re.search(pattern, name) for pattern in ignored))
-        made_up = sorted({name for name, _ in model.named_parameters()} - stored)
-    for names, what in ((dropped, "would be dropped: its class has no place for them"), (made_up, "are missing")):
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ValueError(f"{folder}: weights of {type(model).__name__} {what}: {shown}")
+        dropped = set(unplaced) - _matching(unplaced, ignored)
+        made_up = {weight for weight, _ in model.named_parameters()} - stored
+    kinds = ((made_up, "are missing"), (dropped, "would be dropped: its class has no place for them"))
+    if wrong := [f"weights of {name} {what}: {_listed(names)}" for names, what in kinds if names]:
+        raise ValueError(f"{folder}: {'; '.join(wrong)}")
+    if needless := _matching(unplaced, ignored):
+        warnings.warn(f"{folder}: {name} is loaded without weights that it doesn't need: {_listed(needless)}", stacklevel=3)
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -123,6 +123,20 @@ class Plan:
         """Return which metadata objects some place needs in a phase."""
         return frozenset(row[phase].metadata for row in self.choices if row[phase].metadata is not None)  # type: ignore[misc]
 
+    def idle_rules(self, num_steps: int) -> str:
+        """Return which rules decide nothing in a run of so many steps, for people; empty where each decides something.
+
+        Example:
+            >>> rule = Rule(steps="5-", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)
+            >>> plan = Plan.resolve(AttentionPolicy(rules=[rule]), [Place("attn", "self", 0)], model_name="Model")
+            >>> plan.idle_rules(6), plan.idle_rules(5)[:31]
+            ('', "rule 0, Rule(steps='5-', backen")
+        """
+        num_phases = sum(first_step < num_steps for first_step in (0, *self.boundaries))
+        used = {choice.rule for row in self.choices for choice in row[:num_phases]}
+        idle = [f"rule {number}, {rule!r}, applies" for number, rule in enumerate(self.policy.rules) if number not in used]
+        return " and ".join(idle)
+
     def __str__(self) -> str:
         ends = list(pairwise((0, *self.boundaries, None)))
         by_text: dict[tuple[str, str], list[tuple[int | None, int]]] = {}

@@ -81,11 +81,13 @@ class Applied:
         ours: Our processors, by the names of their attention modules.
         before: The model's own processors, likewise.
         handles: The handles of the hooks.
+        steps: What finds the step of a call.
     """
 
-    def __init__(self, plan: Plan, ours: dict[str, Processor]) -> None:
+    def __init__(self, plan: Plan, ours: dict[str, Processor], steps: StepCounter) -> None:
         self.plan = plan
         self.ours = ours
+        self.steps = steps
         self.before: dict[str, Any] = {}
         self.handles: list[Any] = []
 
@@ -144,7 +146,7 @@ def apply(
     with sequence_parallel(None if shared is None else shared.mesh) as group:
         pass
     # All are checked before any is changed.
-    made = {name: _prepare(model, policy, group, shared, StepCounter(pipeline)) for name, model in models.items()}
+    made = {name: _prepare(model, policy, group, shared, _steps_of(model, pipeline)) for name, model in models.items()}
     for name, model in models.items():
         _take_off(model)
         _put_on(model, made[name])
@@ -213,6 +215,11 @@ def _prepare(
     return _Prepared(plan, hook, shards, group)
 
 
+def _steps_of(model: nn.Module, pipeline: Any | None) -> StepCounter:
+    applied: Applied | None = getattr(model, _ATTRIBUTE, None)
+    return StepCounter(pipeline, None if applied is None else applied.steps)
+
+
 def _check_model(model: nn.Module, family: str, sites: tuple[Site, ...], group: SequenceGroup) -> None:
     name = type(model).__name__
     if getattr(model, "_parallel_config", None) is not None:
@@ -240,7 +247,7 @@ def _check_model(model: nn.Module, family: str, sites: tuple[Site, ...], group: 
 
 def _put_on(model: nn.Module, prepared: _Prepared) -> None:
     hook = prepared.hook
-    applied = Applied(prepared.plan, hook.processors)
+    applied = Applied(prepared.plan, hook.processors, hook.steps)
     for path, processor in hook.processors.items():
         attn: Any = model.get_submodule(path)
         applied.before[path] = attn.processor

@@ -9,7 +9,9 @@ that each step compiles anew.
 from __future__ import annotations
 
 import functools
+import itertools
 import uuid
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +23,7 @@ from torch import nn
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.compilation import constant_while_tracing, plain
 from fastvideo.distributed import SequenceGroup
-from fastvideo.forward_context import restored, thread_state
+from fastvideo.forward_context import checkpoint_context_fn, restored, thread_state
 from fastvideo.integrations.diffusers.family import Family, Processor, Split
 from fastvideo.integrations.diffusers.shards import split_inputs
 from fastvideo.integrations.diffusers.state import ForwardState, current_state, enter_state, leave_state, with_state
@@ -125,8 +127,15 @@ class ModelHook:
                     "pipeline and run that one, or call the model inside "
                     "`with fastvideo.integrations.diffusers.denoising_step(step):`"
                 )
+            if step == 0 and not torch.compiler.is_compiling():
+                self._warn_of_idle_rules()
             return step
         return self.steps.hint() or 0
+
+    def _warn_of_idle_rules(self) -> None:
+        num_steps = self.steps.num_steps()
+        if num_steps is not None and (idle := self.plan.idle_rules(num_steps)):
+            warnings.warn(f"this run has {num_steps} steps, and {idle} in none of them", stacklevel=2)
 
     def _build(
         self, model: nn.Module, inputs: Mapping[str, Any], phase: int, step: int
@@ -161,6 +170,8 @@ class ModelHook:
 class CarryingCheckpoint:
     """A model's checkpoint function, such that each block is computed again in the state of its own forward call.
 
+    Tiles that sparse attention has chosen in the forward pass are kept, so that a choice runs once.
+
     Args:
         original: diffusers' function or the user's: it takes a block and its arguments.
     """
@@ -176,7 +187,17 @@ class CarryingCheckpoint:
             with restored(**snapshot), with_state(state):
                 return block(*inner, **named)
 
-        return self.original(run, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return self.original(run, *args, **kwargs)
+        # The function may be anybody's, and need not take a context of ours: its first call of the block is the forward pass.
+        forward, recomputation = checkpoint_context_fn()
+        calls = itertools.count()
+
+        def run_and_keep(*inner: Any, **named: Any) -> Any:
+            with recomputation if next(calls) else forward:
+                return run(*inner, **named)
+
+        return self.original(run_and_keep, *args, **kwargs)
 
     @classmethod
     def wrap(cls, model: nn.Module) -> None:

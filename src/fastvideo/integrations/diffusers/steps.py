@@ -71,13 +71,16 @@ class StepCounter:
     Args:
         pipeline: The pipeline that the model is part of, or `None`. It is held weakly; copies and pickles of the model belong
             to no pipeline.
+        before: The counter that this one takes the place of, whose pipelines may still share the model.
     """
 
-    def __init__(self, pipeline: Any | None) -> None:
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+    def __init__(self, pipeline: Any | None, before: StepCounter | None = None) -> None:
+        earlier = () if before is None or pipeline is None else before._pipelines
+        own = () if pipeline is None else (weakref.ref(pipeline),)
+        self._pipelines: tuple[weakref.ref[Any], ...] = (*(ref for ref in earlier if ref() not in (None, pipeline)), *own)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_pipeline": None}
+        return {"_pipelines": ()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:
         return StepCounter(None)
@@ -86,8 +89,24 @@ class StepCounter:
         """Return the step where that costs nothing, for metadata that carries it; `None` otherwise."""
         if _told.step is not None:
             return _told.step
-        scheduler = getattr(None if self._pipeline is None else self._pipeline(), "scheduler", None)
-        return self.current({}) if hasattr(scheduler, "step_index") else None
+        running = [scheduler for scheduler in self._schedulers() if hasattr(scheduler, "step_index")]
+        return _counted_step(running[0]) if len(running) == 1 else None
+
+    def num_steps(self) -> int | None:
+        """Return how many steps the run has that goes on, where its scheduler says it."""
+        schedulers = self._schedulers()
+        if _told.step is not None or len(schedulers) != 1:
+            return None
+        return len(schedulers[0].timesteps) - (getattr(schedulers[0], "begin_index", None) or 0)
+
+    def _schedulers(self) -> list[Any]:
+        """Return the schedulers that say they are in the middle of a run; of those that don't count, the last pipeline's."""
+        found = [getattr(ref(), "scheduler", None) for ref in self._pipelines]
+        return [
+            scheduler
+            for scheduler in dict.fromkeys(scheduler for scheduler in found if scheduler is not None)
+            if (_counted_step(scheduler) is not None if hasattr(scheduler, "step_index") else scheduler is found[-1])
+        ]
 
     def current(self, inputs: Mapping[str, Any]) -> int | None:
         """Return the index of the step, or `None` where nobody knows it, as between a pipeline's runs.
@@ -96,22 +115,31 @@ class StepCounter:
             inputs: The arguments of the forward call by name; only a scheduler that doesn't count reads them.
 
         Raises:
-            ValueError: The scheduler doesn't count, and the call's timestep is none of its timesteps.
+            ValueError: The scheduler doesn't count, and the call's timestep is none of its timesteps; or several pipelines
+                that share the model are in the middle of a run.
         """
         if _told.step is not None:
             return _told.step
-        pipeline = None if self._pipeline is None else self._pipeline()
-        scheduler = getattr(pipeline, "scheduler", None)
-        if scheduler is None:
+        schedulers = self._schedulers()
+        if len(schedulers) > 1:
+            raise ValueError(
+                f"can't tell the denoising step: {len(schedulers)} pipelines that share this model are in the middle of a run; "
+                "let one end before the next begins, and where one was broken off call remove(...) and apply(...) for the other"
+            )
+        if not schedulers:
             return None
-        if hasattr(scheduler, "step_index"):
-            index = scheduler.step_index
-            # No run has begun, or the last one is over: a call now belongs to none, or to another pipeline with this model.
-            if getattr(scheduler, "num_inference_steps", None) is None or (index or 0) >= len(scheduler.timesteps):
-                return None
-            # A pipeline that starts from an image or a video skips the first timesteps; its own first step is 0.
-            return 0 if index is None else int(index - (scheduler.begin_index or 0))
-        return _step_by_timestep(scheduler.timesteps, inputs.get("timestep"))
+        if hasattr(schedulers[0], "step_index"):
+            return _counted_step(schedulers[0])
+        return _step_by_timestep(schedulers[0].timesteps, inputs.get("timestep"))
+
+
+def _counted_step(scheduler: Any) -> int | None:
+    index = scheduler.step_index
+    # No run has begun, or the last one is over: a call now belongs to none, or to another pipeline with this model.
+    if getattr(scheduler, "num_inference_steps", None) is None or (index or 0) >= len(scheduler.timesteps):
+        return None
+    # A pipeline that starts from an image or a video skips the first timesteps; its own first step is 0.
+    return 0 if index is None else int(index - (scheduler.begin_index or 0))
 
 
 def _step_by_timestep(timesteps: torch.Tensor, timestep: Any) -> int:
