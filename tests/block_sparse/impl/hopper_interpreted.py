@@ -22,6 +22,8 @@ from fastvideo.block_sparse.impl.hopper import launch, packing, plan, queues
 from fastvideo.testing import assert_op_within_budget, reference_attention
 from fastvideo.video import TileGrid
 
+from . import hopper_rings
+
 # Query tile sizes, key tile sizes, batch, heads.
 SHAPES = {
     "even_64": ([64] * 3, [64] * 5, 1, 2),
@@ -57,17 +59,31 @@ def tokens_of(packed: packing.PackedLayout) -> torch.Tensor:
     return packed.row_token
 
 
-def walk(walks: plan.Plan, head: int, block: int) -> list[tuple[int, torch.Tensor]]:
+def partners(block: int, counts: torch.Tensor) -> tuple[int, ...]:
+    """Both blocks of a block's pair, or the one that is there."""
+    joint, end = counts.tolist()
+    first, end = (0, joint) if block < joint else (joint, end)
+    i = first + (block - first) // 2 * 2
+    return tuple(range(i, min(i + 2, end)))
+
+
+def walk(walks: plan.Plan, head: int, block: int, counts: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Half steps of one block: the 64 packed rows that are loaded, and the mask as bytes (-1 where there is none)."""
     g = head if walks.rows.shape[0] > 1 else 0
-    o_rows, o_masks, clean, boxes, steps, halves = walks.meta[g, block].tolist()
+    o_rows, o_masks, clean, boxes, steps, halves, shared, in_rows = walks.meta[g, block].tolist()
     assert halves <= 2 * steps
+    assert in_rows == steps - shared // 2
+    assert shared % 2 == 0
+    pair = partners(block, counts)
+    assert len(pair) == 2 or shared == 0
     found = []
     for half in range(halves):
-        if half < 2 * boxes:
-            rows = walks.rows[g, o_rows + half] + torch.arange(64)
+        if half < 2 * shared:
+            rows = walks.rows[g, int(walks.meta[g, pair[half // 2 % 2], 0]) + half // 4 * 2 + half % 2] + torch.arange(64)
+        elif half < 2 * boxes:
+            rows = walks.rows[g, o_rows + half - shared] + torch.arange(64)
         else:
-            first = o_rows + 2 * boxes + 4 * (half - 2 * boxes)
+            first = o_rows + 2 * boxes - shared + 4 * (half - 2 * boxes)
             rows = (walks.rows[g, first : first + 4, None] + torch.arange(16)).flatten()
         mask = torch.full((4,), -1)
         if half >= 2 * clean:
@@ -86,6 +102,28 @@ def seen_by_rows(mask: torch.Tensor, box_tokens: int) -> torch.Tensor:
     return ((byte[None] >> granule[:, None]) & 1 == 1) & (inside + (byte >> 4) <= 15)[None]
 
 
+def check_walks(
+    walks: plan.Plan, pattern: BlockPattern, own: packing.PackedLayout, walked: packing.PackedLayout, by_key: bool = False
+) -> None:
+    """Blocks meet every listed pair of tokens once, and no other."""
+    expected = pattern.token_mask().flatten(0, 1)
+    own_token, token = tokens_of(own), tokens_of(walked)
+    for head, mask in enumerate(expected):
+        met = torch.zeros(own.layout.num_tokens, walked.layout.num_tokens, dtype=torch.int32)
+        for block in range(int(own.counts[1])):
+            mine = own_token[block * 64 : block * 64 + 64]
+            for rows, half_mask in walk(walks, head, block, own.counts):
+                seen = seen_by_rows(half_mask, 64 if by_key else walked.box_tokens)
+                if by_key:
+                    # Probabilities of packed query rows that are pads are 0.
+                    seen = seen & (token[rows] >= 0)
+                assert (token[rows] >= 0)[None].expand(64, 64)[seen & (mine >= 0)[:, None]].all()
+                real = (mine >= 0)[:, None] & seen
+                i, j = real.nonzero(as_tuple=True)
+                met.index_put_((mine[i].long(), token[rows][j].long()), torch.ones(len(i), dtype=torch.int32), accumulate=True)
+        assert torch.equal(met, (mask.T if by_key else mask).int())
+
+
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize(
     ("shape", "ordered", "chunk"),
@@ -101,30 +139,106 @@ def test_walks_meet_what_the_pattern_lists(
     pattern = make_pattern(shape, ordered=ordered)
     batch, heads = SHAPES[shape][2:]
     layouts = [packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles)]
-    num_listed = pattern.indices.shape[2:].numel()
-    if by_key:
-        own, walked = layouts[::-1]
-        marks = plan.mark(pattern, 0, batch * heads, batch * heads, by_key=True)
-        walks = plan.plan_marks(marks, own, walked, num_listed, has_pads=False)
-    else:
-        own, walked = layouts
-        walks = plan.plan_lists(pattern, own, walked, 0, batch * heads, batch * heads)
-    expected = pattern.token_mask().flatten(0, 1)
-    own_token, token = tokens_of(own), tokens_of(walked)
-    for head in range(batch * heads):
-        met = torch.zeros(own.layout.num_tokens, walked.layout.num_tokens, dtype=torch.int32)
-        for block in range(int(own.counts[1])):
-            mine = own_token[block * 64 : block * 64 + 64]
-            for rows, mask in walk(walks, head, block):
-                seen = seen_by_rows(mask, 64 if by_key else walked.box_tokens)
-                if by_key:
-                    # Probabilities of packed query rows that are pads are 0.
-                    seen = seen & (token[rows] >= 0)
-                assert (token[rows] >= 0)[None].expand(64, 64)[seen & (mine >= 0)[:, None]].all()
-                real = (mine >= 0)[:, None] & seen
-                i, j = real.nonzero(as_tuple=True)
-                met.index_put_((mine[i].long(), token[rows][j].long()), torch.ones(len(i), dtype=torch.int32), accumulate=True)
-        assert torch.equal(met, (expected[head].T if by_key else expected[head]).int())
+    own, walked = layouts[::-1] if by_key else layouts
+    planner = plan.plan_keys if by_key else plan.plan_queries
+    walks = planner(pattern, own, walked, 0, batch * heads, batch * heads)
+    check_walks(walks, pattern, own, walked, by_key)
+
+
+def overlapping_pattern(kind: str, overlap: float) -> BlockPattern:
+    """Lists of which each tile shares about so much with the next; the third is empty, and the lengths of some differ."""
+    sizes = {
+        "even": ([64] * 7, [64] * 60),
+        "two_blocks": ([128] * 4, [128] * 24),
+        "sixty": ([60] * 6, [60] * 50),
+        "small": ([16] * 27, [64] * 40 + [16] * 9),
+        "mixed": ([64, 16, 64, 4, 16, 64, 30, 16, 64, 1, 20, 64, 100, 64, 9, 70, 16, 16], [64, 16, 64, 64, 50] * 9),
+    }[kind]
+    generator = torch.Generator().manual_seed(7)
+    num_queries, num_keys = len(sizes[0]), len(sizes[1])
+    scores = torch.rand(1, 2, num_queries, num_keys, generator=generator)
+    common = torch.rand(1, 2, 1, num_keys, generator=generator) < 0.5
+    mask = torch.where(torch.rand(scores.shape, generator=generator) < overlap, common, scores < 0.5)
+    mask[..., 2, :] = False
+    mask[..., 3, : num_keys // 2] = False
+    layouts = [TileLayout.uniform(sum(x), x[0]) if len(set(x)) == 1 else TileLayout.from_sizes(x) for x in sizes]
+    return BlockPattern.from_mask(mask, *layouts)
+
+
+def pairs_of(
+    walks: plan.Plan, g: int, counts: torch.Tensor, unit: int
+) -> tuple[list[hopper_rings.Pair], list[list[list[int]]]]:
+    """Pairs of blocks for the model of rings, in steps (`unit` 1) or half steps, and what each partner's blocks must read."""
+    pairs, expected = [], [[], []]
+    for first in [block for block in range(int(counts[1])) if partners(block, counts)[0] == block]:
+        found, shared = [None, None], int(walks.meta[g, first, 6])
+        for wg, block in enumerate(partners(first, counts)):
+            o_rows, _, _, boxes, steps, halves, _, in_rows = walks.meta[g, block].tolist()
+            assert int(walks.meta[g, block, 6]) == shared
+            row = walks.rows[g]
+            own = [tuple(row[o_rows + i : o_rows + i + 1].tolist()) for i in range(2 * boxes - shared)]
+            o_granules = o_rows + 2 * boxes - shared
+            own += [tuple(row[o_granules + 4 * i : o_granules + 4 * i + 4].tolist()) for i in range(2 * (steps - boxes))]
+            if unit == 1:
+                own = [own[i] + own[i + 1] for i in range(0, len(own), 2)]
+                assert len(own) == in_rows
+            else:
+                own = own[: halves - shared]
+            found[wg] = hopper_rings.Walk(own, steps if unit == 1 else halves)
+            read = [
+                tuple(rows[:: 64 if i < 2 * boxes else 16].tolist())
+                for i, (rows, _) in enumerate(walk(walks, g, block, counts))
+            ]
+            expected[wg].append(list(itertools.chain(*read)))
+        pairs.append(hopper_rings.Pair(tuple(found), shared))
+    return pairs, expected
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["even", "two_blocks", "sixty", "small", "mixed"])
+def test_partners_share_what_both_list(kind: str, overlap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks read each of their rows once, through two rings whose stages both partners let go of, whoever is late."""
+    pattern = overlapping_pattern(kind, overlap)
+    own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
+    for chunk, least in ((2048, 1 / 8), (16, 0.0)):
+        monkeypatch.setattr(plan, "_CHUNK", chunk)
+        monkeypatch.setattr(plan, "_LIST_CHUNK", chunk)
+        monkeypatch.setattr(plan, "_LEAST_SHARED", least)
+        walks = plan.plan_queries(pattern, own, walked, 0, 2, 2)
+        check_walks(walks, pattern, own, walked)
+        if overlap == 1.0 or kind == "two_blocks":
+            assert int(walks.meta[:, : int(own.counts[1]), 6].sum()) > 0
+        for g, stages in ((0, (1, 2)), (1, (2, 2))):
+            pairs, expected = pairs_of(walks, g, own.counts, 1)
+            found = hopper_rings.simulate_forward(pairs, *stages, seed=g)
+            for steps, read in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+                rows = list(itertools.chain(*steps))
+                assert rows[: len(read)] == read
+                # What fills up the last step.
+                assert len(rows) - len(read) < 5
+            pairs, expected = pairs_of(walks, g, own.counts, 2)
+            found = hopper_rings.simulate_dq(pairs, 3, seed=g)
+            assert [[list(itertools.chain(*halves)) for halves in found[wg]] for wg in (0, 1)] == expected
+
+
+def test_the_model_of_rings_finds_a_standstill_and_a_wrong_phase() -> None:
+    entries = [(i,) for i in range(40)]
+    unequal = (hopper_rings.Walk(entries[:2], 3), hopper_rings.Walk(entries[2:4], 1))
+    with pytest.raises(RuntimeError, match="nobody can go on"):
+        hopper_rings.simulate_forward([hopper_rings.Pair(unequal, 2)], 1, 2, 0)
+    # The second has nothing of its own to wait for before it shares again, while the first ring has long to go.
+    first = hopper_rings.Pair((hopper_rings.Walk(entries[:9], 9), None), 0)
+    second = hopper_rings.Pair((hopper_rings.Walk(entries[10:11], 2), hopper_rings.Walk(entries[20:21], 2)), 2)
+    assert hopper_rings.simulate_forward([first, second], 1, 2, 0)[1] == [[(10,), (20,)]]
+
+    def is_wrong(seed: int) -> bool:
+        try:
+            found = hopper_rings.simulate_forward([first, second], 1, 2, seed, awaits_partner=False)
+        except (AssertionError, RuntimeError):
+            return True
+        return found[1] != [[(10,), (20,)]]
+
+    assert any(is_wrong(seed) for seed in range(9))
 
 
 @pytest.mark.parametrize("shape", ["even_60", "edges", "large_and_small"])
@@ -164,8 +278,8 @@ def test_half_steps_follow_real_tokens() -> None:
     queries, keys = TileLayout.uniform(64, 64), TileLayout.from_sizes([64] + [16] * 8)
     pattern = BlockPattern.from_mask(torch.ones(1, 9, dtype=torch.bool), queries, keys)
     own, walked = packing.pack_layout(queries), packing.pack_layout(keys)
-    walks = plan.plan_lists(pattern, own, walked, 0, 1, 1)
-    assert walks.meta[0, 0, 2:].tolist() == [0, 0, 2, 3]
+    walks = plan.plan_queries(pattern, own, walked, 0, 1, 1)
+    assert walks.meta[0, 0, 2:].tolist() == [0, 0, 2, 3, 0, 2]
 
 
 @pytest.mark.parametrize("by_key", [True, False])
@@ -175,11 +289,10 @@ def test_walks_of_tiles_of_two_blocks_have_room(sizes: list[int], by_key: bool) 
     layout = TileLayout.from_sizes(sizes) if len(set(sizes)) > 1 else TileLayout.uniform(sum(sizes), sizes[0])
     pattern = BlockPattern.from_mask(torch.ones(24, 24, dtype=torch.bool), layout, layout)
     packed = packing.pack_layout(layout)
-    marks = plan.mark(pattern, 0, 1, 1, by_key=by_key)
-    walks = plan.plan_marks(marks, packed, packed, pattern.indices.shape[2:].numel(), has_pads=not by_key)
-    row, mask, clean_steps, box_steps, _, halves = walks.meta[0, : int(packed.counts[1])].unbind(-1)
+    walks = (plan.plan_keys if by_key else plan.plan_queries)(pattern, packed, packed, 0, 1, 1)
+    row, mask, clean_steps, box_steps, _, halves, shared, _ = walks.meta[0, : int(packed.counts[1])].unbind(-1)
     assert (halves >= 48).all()
-    assert int((row + 2 * box_steps + 4 * (halves - 2 * box_steps)).max()) <= walks.rows.shape[1]
+    assert int((row + 2 * box_steps - shared + 4 * (halves - 2 * box_steps)).max()) <= walks.rows.shape[1]
     assert int((mask + halves - 2 * clean_steps).max()) <= walks.masks.shape[1]
 
 
@@ -236,13 +349,13 @@ def test_packed_keys_carry_the_sign_of_the_scale(sign: int) -> None:
 def test_shared_lists_are_planned_once() -> None:
     pattern = make_pattern("edges", ordered=False, shared=True)
     own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
-    assert plan.plan_lists(pattern, own, walked, 3, 2, 8).rows.shape[0] == 1
+    assert plan.plan_queries(pattern, own, walked, 3, 2, 8).rows.shape[0] == 1
 
 
 def queues_of(lengths: torch.Tensor, num_blocks: int, num_queues: int) -> list[list[int]]:
     """The places of each queue, for walks of such half steps of two query heads together."""
     heads, max_blocks = lengths.shape
-    meta = torch.full((2 * heads, max_blocks, 6), -1, dtype=torch.int32)
+    meta = torch.full((2 * heads, max_blocks, 8), -1, dtype=torch.int32)
     meta[::2, :, 5], meta[1::2, :, 5] = lengths // 3, lengths - lengths // 3
     own = types.SimpleNamespace(max_blocks=max_blocks, counts=torch.tensor([0, num_blocks], dtype=torch.int32))
     found, places, ends = queues.fill_queues(plan.Plan(meta, meta, meta), own, heads, 2, num_queues)
@@ -312,7 +425,9 @@ class Walked:
         assert s_plan in (0, a["meta"].shape[1])
         walks = plan.Plan(a["rows"], a["masks"], a["meta"])
         places, seen = [torch.zeros(0, dtype=torch.long)], [torch.zeros(64, 0, dtype=torch.bool)]
-        for rows, mask in walk(walks, g if s_plan else 0, block):
+        for rows, mask in walk(
+            walks, g if s_plan else 0, block, a["counts"] if "counts" in a else torch.tensor([0, a["max_blocks"]])
+        ):
             places.append(rows.long())
             seen.append(seen_by_rows(mask, box_tokens))
         place = torch.cat(places)

@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from fastvideo.block_sparse.impl.hopper.forward_kernel import locate_block, seen, wait_for_all
+from fastvideo.block_sparse.impl.hopper.forward_kernel import count_pairs, locate_pair, seen, wait_for_all
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
 
 
@@ -48,47 +48,58 @@ def _dq_producer(source, walks, places, WG: gl.constexpr, STAGES: gl.constexpr, 
     key_boxes, value_boxes, key_granules, value_granules, k_s, v_s, full, empty = source
     rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP = walks
     s_row_b, s_row_h, s_column_h = places
-    num_shared = gl.load(counts)
-    num_blocks = gl.load(counts + 1)
-    num_rows = num_heads * num_blocks
+    num_pairs, num_joint, num_blocks = count_pairs(counts, num_heads)
     num_done = 0
-    for i_row in range(gl.program_id(0) * 2 + WG, num_rows, gl.num_programs(0) * 2):
+    for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         if IN_STEP:
-            a_wave = gl.num_programs(0) * 2
-            i_wave = i_row // a_wave
-            wait_for_all(arrivals, i_wave, gl.minimum(a_wave, num_rows - i_wave * a_wave), IN_STEP)
-        i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
-        i_base = (first_head + i_head) // HEADS * s_row_b + i_head // GROUP * s_row_h
-        i_column = (first_head + i_head) % HEADS // GROUP * s_column_h
-        p_meta = meta + (i_head * s_plan + i_block) * 6
-        box_halves = gl.load(p_meta + 3) * 2
-        num_halves = gl.load(p_meta + 5)
-        p_rows = rows + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
-        next_box = gl.load(p_rows)
-        for i_half in range(num_halves):
-            i_box = next_box
-            next_box = gl.load(p_rows + i_half + 1)
-            i_stage = WG * STAGES + num_done % STAGES
-            bar = full.index(i_stage)
-            mbarrier.wait(empty.index(i_stage), ((num_done // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, 64 * D * 4)
-            if i_half < box_halves:
-                tma_load(key_boxes, [i_base + i_box, i_column], bar, k_s.index(i_stage))
-                tma_load(value_boxes, [i_base + i_box, i_column], bar, v_s.index(i_stage))
-            else:
-                p_half = p_rows + box_halves + (i_half - box_halves) * 4
-                for i in gl.static_range(4):
-                    i_granule = i_base + gl.load(p_half + i)
-                    tma_load(key_granules, [i_granule, i_column], bar, k_s.index(i_stage).slice(16 * i, 16, dim=0))
-                    tma_load(value_granules, [i_granule, i_column], bar, v_s.index(i_stage).slice(16 * i, 16, dim=0))
-            num_done += 1
+            i_wave = i_pair // gl.num_programs(0)
+            wait_for_all(arrivals, i_wave, gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2, IN_STEP)
+        i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
+        i_block = i_first + WG
+        if i_block < end:
+            i_base = (first_head + i_head) // HEADS * s_row_b + i_head // GROUP * s_row_h
+            i_column = (first_head + i_head) % HEADS // GROUP * s_column_h
+            p_meta = meta + (i_head * s_plan + i_block) * 8
+            num_shared = gl.load(p_meta + 6)
+            box_halves = gl.load(p_meta + 3) * 2 - num_shared
+            num_halves = gl.load(p_meta + 5) - num_shared
+            p_rows = rows + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
+            next_box = gl.load(p_rows)
+            for i_half in range(num_halves):
+                i_box = next_box
+                next_box = gl.load(p_rows + i_half + 1)
+                i_stage = WG * STAGES + num_done % STAGES
+                bar = full.index(i_stage)
+                mbarrier.wait(empty.index(i_stage), ((num_done // STAGES) & 1) ^ 1)
+                # Two let go of each stage; for the one who does not read it, it is let go here.
+                mbarrier.arrive(empty.index(i_stage), pred=i_half >= num_shared)
+                mbarrier.expect(bar, 64 * D * 4)
+                if i_half < box_halves:
+                    tma_load(key_boxes, [i_base + i_box, i_column], bar, k_s.index(i_stage))
+                    tma_load(value_boxes, [i_base + i_box, i_column], bar, v_s.index(i_stage))
+                else:
+                    p_half = p_rows + box_halves + (i_half - box_halves) * 4
+                    for i in gl.static_range(4):
+                        i_granule = i_base + gl.load(p_half + i)
+                        tma_load(key_granules, [i_granule, i_column], bar, k_s.index(i_stage).slice(16 * i, 16, dim=0))
+                        tma_load(value_granules, [i_granule, i_column], bar, v_s.index(i_stage).slice(16 * i, 16, dim=0))
+                num_done += 1
+
+
+@gluon.jit
+def _place(i_half, num_shared, uses_0, uses_1, WG: gl.constexpr):
+    """Ring and use of a half step. `num_shared` are steps, and `uses_*` those of each ring before the walk."""
+    is_shared = i_half < 2 * num_shared
+    ring = gl.where(is_shared, i_half // 2 % 2, WG)
+    i_use = gl.where(is_shared, i_half // 4 * 2 + i_half % 2, i_half - num_shared)
+    return ring, i_use + gl.where(ring == 0, uses_0, uses_1)
 
 
 @gluon.jit
 def _dq_consumer(
     buffers, work, tensors, strides, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, BOX_TOKENS: gl.constexpr
 ):
-    staging_s, k_s, v_s, full, empty = buffers
+    staging_s, k_s, v_s, full, empty, started = buffers
     masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_QUERIES = work
     query, dout, stats, dquery, scale, scale_log2 = tensors
     s_qb, s_qs, s_qh, s_db, s_ds, s_dh = strides
@@ -106,57 +117,71 @@ def _dq_consumer(
     o_row = gl.arange(0, 64, gl.SliceLayout(1, memory))
     o_d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, memory)), 0)
     staging = staging_s.index(WG)
-    num_shared = gl.load(counts)
-    num_blocks = gl.load(counts + 1)
-    num_rows = num_heads * num_blocks
-    num_done = 0
-    for i_row in range(gl.program_id(0) * 2 + WG, num_rows, gl.num_programs(0) * 2):
-        i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
+    num_pairs, num_joint, num_blocks = count_pairs(counts, num_heads)
+    # Uses of both rings so far.
+    uses_0 = 0
+    uses_1 = 0
+    i_wave = 0
+    for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
+        i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
+        i_block = i_first + WG
         i_b, i_h = ((first_head + i_head) // HEADS).to(gl.int64), ((first_head + i_head) % HEADS).to(gl.int64)
-        p_meta = meta + (i_head * s_plan + i_block) * 6
-        clean_halves = gl.load(p_meta + 2) * 2
-        num_halves = gl.load(p_meta + 5)
-        p_masks = masks + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_halves
-        o_token = i_block * 64 + o_row
-        if row_token is not None:
-            o_token = gl.load(row_token + o_token)
-        m_row = gl.expand_dims(o_token >= 0, 1)
-        o_token = gl.expand_dims(o_token.to(gl.int64), 1)
-        p_stats = stats + ((i_head.to(gl.int64) * max_blocks + i_block) * 64 + o_score_row) * 2
-        b_lse = gl.load(p_stats)
-        b_delta = gl.load(p_stats + 1)
-        staging.store(gl.load(query + i_b * s_qb + i_h * s_qh + o_token * s_qs + o_d, mask=m_row, other=0.0))
-        if D == 128:
-            b_q = staging.load(q_operand)
-            staging.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
-            b_dout = staging.load(q_operand)
-        else:
-            # With score gradients of the same shape, ptxas 12.8 puts these into the registers that hold the output's gradient.
-            b_q = staging
-            b_dout = staging_s.index(2 + WG)
-            b_dout.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
-            fence_async_shared()
-        b_dq = gl.zeros([64, D], gl.float32, result)
-        for i_half in range(num_halves):
-            i_stage = WG * STAGES + num_done % STAGES
-            word = 0
-            if i_half >= clean_halves:
-                word = gl.load(p_masks + i_half)
-            mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
-            b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-            b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-            b_s = warpgroup_mma_wait(1, deps=(b_st,))
-            b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
-            b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
-            b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
-            b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 1))).to(dtype), ds_operand)
-            b_dqt = warpgroup_mma(b_ds, k_s.index(i_stage), b_dq, is_async=True)
-            b_dq = warpgroup_mma_wait(0, deps=(b_dqt,))
-            mbarrier.arrive(empty.index(i_stage))
-            num_done += 1
-        staging.store((b_dq * scale).to(dtype))
-        p_dq = dquery + (i_b * NUM_QUERIES * HEADS + i_h) * D
-        gl.store(p_dq + o_token * (HEADS * D) + o_d, staging.load(memory), mask=m_row)
+        p_pair = meta + (i_head * s_plan + i_first) * 8
+        num_shared = gl.load(p_pair + 6)
+        ring_0 = gl.load(p_pair + 5) - num_shared
+        ring_1 = gl.load(p_pair + 13, mask=i_first + 1 < end, other=0) - num_shared
+        mbarrier.arrive(started)
+        if i_block < end:
+            p_meta = p_pair + WG * 8
+            clean_halves = gl.load(p_meta + 2) * 2
+            num_halves = gl.load(p_meta + 5)
+            p_masks = masks + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_halves
+            o_token = i_block * 64 + o_row
+            if row_token is not None:
+                o_token = gl.load(row_token + o_token)
+            m_row = gl.expand_dims(o_token >= 0, 1)
+            o_token = gl.expand_dims(o_token.to(gl.int64), 1)
+            p_stats = stats + ((i_head.to(gl.int64) * max_blocks + i_block) * 64 + o_score_row) * 2
+            b_lse = gl.load(p_stats)
+            b_delta = gl.load(p_stats + 1)
+            staging.store(gl.load(query + i_b * s_qb + i_h * s_qh + o_token * s_qs + o_d, mask=m_row, other=0.0))
+            if D == 128:
+                b_q = staging.load(q_operand)
+                staging.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
+                b_dout = staging.load(q_operand)
+            else:
+                # With score gradients of the same shape, ptxas 12.8 puts these into the registers that hold the output's
+                # gradient.
+                b_q = staging
+                b_dout = staging_s.index(2 + WG)
+                b_dout.store(gl.load(dout + i_b * s_db + i_h * s_dh + o_token * s_ds + o_d, mask=m_row, other=0.0))
+                fence_async_shared()
+            b_dq = gl.zeros([64, D], gl.float32, result)
+            # The partner's ring must have come to this pair: phases of a barrier tell one use from the next alone.
+            mbarrier.wait(started, i_wave & 1, pred=num_shared > 0)
+            for i_half in range(num_halves):
+                ring, i_use = _place(i_half, num_shared, uses_0, uses_1, WG)
+                i_stage = ring * STAGES + i_use % STAGES
+                word = 0
+                if i_half >= clean_halves:
+                    word = gl.load(p_masks + i_half)
+                mbarrier.wait(full.index(i_stage), (i_use // STAGES) & 1)
+                b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                b_s = warpgroup_mma_wait(1, deps=(b_st,))
+                b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
+                b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
+                b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
+                b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 1))).to(dtype), ds_operand)
+                b_dqt = warpgroup_mma(b_ds, k_s.index(i_stage), b_dq, is_async=True)
+                b_dq = warpgroup_mma_wait(0, deps=(b_dqt,))
+                mbarrier.arrive(empty.index(i_stage))
+            staging.store((b_dq * scale).to(dtype))
+            p_dq = dquery + (i_b * NUM_QUERIES * HEADS + i_h) * D
+            gl.store(p_dq + o_token * (HEADS * D) + o_d, staging.load(memory), mask=m_row)
+        uses_0 += ring_0
+        uses_1 += ring_1
+        i_wave += 1  # noqa: SIM113 (kernels have no enumerate)
 
 
 @gluon.jit(
@@ -213,11 +238,13 @@ def block_sparse_bwd_dq_kernel(
     v_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, D], value_boxes.layout)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    started = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(started.index(0), count=2)
     for i in gl.static_range(2 * STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    buffers = (staging_s, k_s, v_s, full, empty)
+    buffers = (staging_s, k_s, v_s, full, empty, started.index(0))
     work = (masks, meta, counts, row_token, num_heads, max_blocks, s_plan, s_masks, first_head, HEADS, NUM_QUERIES)
     tensors = (query, dout, stats, dquery, scale, scale_log2)
     strides = (s_qb, s_qs, s_qh, s_db, s_ds, s_dh)
@@ -272,7 +299,7 @@ def _dkdv_producer(
             i_base = i_b * s_row_b + i_query_head * s_row_h
             i_column = (i_h * GROUP + i_group) * s_column_h
             i_stats = i_query_head * max_rows
-            p_meta = meta + (i_query_head * s_plan + i_block) * 6
+            p_meta = meta + (i_query_head * s_plan + i_block) * 8
             box_halves = gl.load(p_meta + 3) * 2
             num_halves = gl.load(p_meta + 5)
             p_rows = rows + gl.where(s_plan > 0, i_query_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
@@ -349,7 +376,7 @@ def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.cons
         mbarrier.wait(owned_full.index(WG), num_owned & 1)
         for i_group in range(GROUP):
             i_query_head = i_head * GROUP + i_group
-            p_meta = meta + (i_query_head * s_plan + i_block) * 6
+            p_meta = meta + (i_query_head * s_plan + i_block) * 8
             clean_halves = gl.load(p_meta + 2) * 2
             num_halves = gl.load(p_meta + 5)
             p_masks = masks + gl.where(s_plan > 0, i_query_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_halves

@@ -36,13 +36,22 @@ from fastvideo.block_sparse.impl.hopper.rescale import rescale
 
 
 @gluon.jit
-def locate_block(i_row, num_heads, num_shared, num_blocks):
-    """Head and block of a row of work: first the blocks of several tiles of all heads, whose walks are longest."""
-    num_alone = num_blocks - num_shared
-    is_shared = i_row < num_heads * num_shared
-    a_head = gl.maximum(gl.where(is_shared, num_shared, num_alone), 1)
-    i_inside = gl.where(is_shared, i_row, i_row - num_heads * num_shared)
-    return i_inside // a_head, i_inside % a_head + gl.where(is_shared, 0, num_shared)
+def count_pairs(counts, num_heads):
+    """Pairs of blocks in all; blocks of several tiles and of one in a head, pairs of both."""
+    num_joint, num_blocks = gl.load(counts), gl.load(counts + 1)
+    joint_pairs, alone_pairs = (num_joint + 1) // 2, (num_blocks - num_joint + 1) // 2
+    return num_heads * (joint_pairs + alone_pairs), num_joint, num_blocks
+
+
+@gluon.jit
+def locate_pair(i_pair, num_heads, num_joint, num_blocks):
+    """Head of a pair, its first block, and the end of its kind: first blocks of several tiles, whose walks are longest."""
+    joint_pairs, alone_pairs = (num_joint + 1) // 2, (num_blocks - num_joint + 1) // 2
+    is_joint = i_pair < num_heads * joint_pairs
+    a_head = gl.maximum(gl.where(is_joint, joint_pairs, alone_pairs), 1)
+    i_inside = gl.where(is_joint, i_pair, i_pair - num_heads * joint_pairs)
+    i_first = i_inside % a_head * 2 + gl.where(is_joint, 0, num_joint)
+    return i_inside // a_head, i_first, gl.where(is_joint, num_joint, num_blocks)
 
 
 @gluon.jit
@@ -82,25 +91,23 @@ def _producer(
     boxes, granules, ring, full, empty = source
     rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP = walks
     s_row_b, s_row_h, s_column_h = places
-    num_shared = gl.load(counts)
-    num_blocks = gl.load(counts + 1)
-    num_rows = num_heads * num_blocks
-    num_pairs = (num_rows + 1) // 2
+    num_pairs, num_joint, num_blocks = count_pairs(counts, num_heads)
     num_done = 0
     for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         if IN_STEP:
             i_wave = i_pair // gl.num_programs(0)
             wait_for_all(arrivals, i_wave, gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2, IN_STEP)
-        i_row = i_pair * 2 + WG
-        if i_row < num_rows:
-            i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
+        i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
+        i_block = i_first + WG
+        if i_block < end:
             i_b, i_kv = (first_head + i_head) // HEADS, (first_head + i_head) % HEADS // GROUP
             # A packed head follows another; in token order a head is a range of columns. One of the factors is 0.
             i_base = i_b * s_row_b + (i_head // GROUP) * s_row_h
             i_column = i_kv * s_column_h
-            p_meta = meta + (i_head * s_plan + i_block) * 6
-            box_steps = gl.load(p_meta + 3)
-            num_steps = gl.load(p_meta + 4)
+            p_meta = meta + (i_head * s_plan + i_block) * 8
+            num_shared = gl.load(p_meta + 6) // 2
+            box_steps = gl.load(p_meta + 3) - num_shared
+            num_steps = gl.load(p_meta + 7)
             p_rows = rows + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
             next_0 = gl.load(p_rows)
             next_1 = gl.load(p_rows + 1)
@@ -112,6 +119,8 @@ def _producer(
                 i_use = num_done + i_step
                 i_stage = WG * STAGES + i_use % STAGES
                 mbarrier.wait(empty.index(i_stage), ((i_use // STAGES) & 1) ^ 1)
+                # Two let go of each stage; for the one who does not read it, it is let go here.
+                mbarrier.arrive(empty.index(i_stage), pred=i_step >= num_shared)
                 stage, bar = ring.index(i_stage), full.index(i_stage)
                 load_boxes(boxes, granules, stage, bar, p_rows, i_step, box_steps, i_base, i_column, row_0, row_1, D)
             num_done += num_steps
@@ -153,6 +162,23 @@ def _masked(b_s, i_step, clean_steps, word_0, word_1, o_granule, o_column, BOX_T
 
 
 @gluon.jit
+def _place(i_step, num_shared, uses_0, uses_1, WG: gl.constexpr):
+    """Where a step lies: twice the use of its ring, plus the ring. `uses_*` are twice those before the walk."""
+    shared = i_step + gl.where(i_step % 2 == 0, uses_0, uses_1)
+    return gl.where(i_step < num_shared, shared, 2 * i_step - num_shared + (uses_1 + 1 if WG else uses_0))
+
+
+@gluon.jit
+def _stage(place, STAGES: gl.constexpr):
+    return place % 2 * STAGES + place // 2 % STAGES
+
+
+@gluon.jit
+def _phase(place, STAGES: gl.constexpr):
+    return place // 2 // STAGES & 1
+
+
+@gluon.jit
 def _consumer(
     buffers,
     work,
@@ -164,7 +190,7 @@ def _consumer(
     D: gl.constexpr,
     BOX_TOKENS: gl.constexpr,
 ):
-    q_s, k_s, v_s, k_full, k_empty, v_full, v_empty = buffers
+    q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, started = buffers
     masks, meta, counts, row_token, num_heads, s_plan, s_masks, first_head, HEADS, NUM_ROWS = work
     query, out, lse, s_qb, s_qs, s_qh, scale_log2 = tensors
     scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
@@ -183,84 +209,97 @@ def _consumer(
     o_score_row = gl.arange(0, 64, score_rows)
     o_granule = o_score_row // 16
     staging = q_s.index(WG)
-    num_shared = gl.load(counts)
-    num_blocks = gl.load(counts + 1)
-    num_rows = num_heads * num_blocks
-    num_done = 0
-    for i_row in range(gl.program_id(0) * 2 + WG, num_rows, gl.num_programs(0) * 2):
-        i_head, i_block = locate_block(i_row, num_heads, num_shared, num_blocks)
+    num_pairs, num_joint, num_blocks = count_pairs(counts, num_heads)
+    # Twice the uses of both rings so far.
+    uses_0 = 0
+    uses_1 = 0
+    i_wave = 0
+    for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
+        i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
         i_b, i_h = ((first_head + i_head) // HEADS).to(gl.int64), (first_head + i_head) % HEADS
-        p_meta = meta + (i_head * s_plan + i_block) * 6
-        clean_steps = gl.load(p_meta + 2)
-        num_steps = gl.load(p_meta + 4)
-        # Words of step 0, which may lie before the first masked step.
-        p_masks = masks + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_steps * 2
-        o_token = i_block * 64 + o_row
-        o_lse = i_block * 64 + o_score_row
-        if row_token is not None:
-            o_token = gl.load(row_token + o_token)
-            o_lse = gl.load(row_token + o_lse)
-        m_row = gl.expand_dims(o_token >= 0, 1)
-        p_query = query + i_b * s_qb + i_h.to(gl.int64) * s_qh
-        o_query = gl.expand_dims(o_token.to(gl.int64) * s_qs, 1) + o_d
-        staging.store(gl.load(p_query + o_query, mask=m_row, other=0.0))
-        b_q = staging.load(q_operand)
-        o_tile = None
-        if gated[0] is not None:
-            o_tile = fetch_gate(gated, staging, i_b, i_h, i_block, o_token, D, memory, result)
-        b_max = gl.full([64], -float("inf"), gl.float32, score_rows)
-        b_sum = gl.zeros([64], gl.float32, score_rows)
-        b_out = gl.zeros([64, D], gl.float32, result)
-        if num_steps > 0:
-            i_k = WG * K_STAGES + num_done % K_STAGES
-            word_0 = 0
-            word_1 = 0
-            if clean_steps == 0:
-                word_0 = gl.load(p_masks)
-                word_1 = gl.load(p_masks + 1)
-            mbarrier.wait(k_full.index(i_k), (num_done // K_STAGES) & 1)
-            b_st = warpgroup_mma(b_q, k_s.index(i_k).permute((1, 0)), b_none, use_acc=False, is_async=True)
-            b_s = warpgroup_mma_wait(0, deps=(b_st,))
-            mbarrier.arrive(k_empty.index(i_k))
-            b_s = _masked(b_s, 0, clean_steps, word_0, word_1, o_granule, o_column, BOX_TOKENS)
-            b_p, b_max, b_sum, b_shrink = _softmax(b_s, b_max, b_sum, scale_log2)
-            b_po = gl.convert_layout(b_p.to(dtype), p_operand)
-            i_next = num_done + 1
-            mbarrier.wait(k_full.index(WG * K_STAGES + i_next % K_STAGES), (i_next // K_STAGES) & 1, pred=num_steps > 1)
-            for i_step in range(1, num_steps):
-                i_use = num_done + i_step
-                i_k = WG * K_STAGES + i_use % K_STAGES
-                i_v = WG * V_STAGES + (i_use - 1) % V_STAGES
+        p_pair = meta + (i_head * s_plan + i_first) * 8
+        num_shared = gl.load(p_pair + 6)
+        ring_0 = gl.load(p_pair + 7)
+        ring_1 = gl.load(p_pair + 15, mask=i_first + 1 < end, other=0)
+        mbarrier.arrive(started)
+        if i_first + WG < end:
+            i_block = i_first + WG
+            p_meta = p_pair + WG * 8
+            clean_steps = gl.load(p_meta + 2)
+            num_steps = gl.load(p_meta + 4)
+            # Words of step 0, which may lie before the first masked step.
+            p_masks = masks + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_steps * 2
+            o_token = i_block * 64 + o_row
+            o_lse = i_block * 64 + o_score_row
+            if row_token is not None:
+                o_token = gl.load(row_token + o_token)
+                o_lse = gl.load(row_token + o_lse)
+            m_row = gl.expand_dims(o_token >= 0, 1)
+            p_query = query + i_b * s_qb + i_h.to(gl.int64) * s_qh
+            o_query = gl.expand_dims(o_token.to(gl.int64) * s_qs, 1) + o_d
+            staging.store(gl.load(p_query + o_query, mask=m_row, other=0.0))
+            b_q = staging.load(q_operand)
+            o_tile = None
+            if gated[0] is not None:
+                o_tile = fetch_gate(gated, staging, i_b, i_h, i_block, o_token, D, memory, result)
+            b_max = gl.full([64], -float("inf"), gl.float32, score_rows)
+            b_sum = gl.zeros([64], gl.float32, score_rows)
+            b_out = gl.zeros([64, D], gl.float32, result)
+            # The partner's ring must have come to this pair: phases of a barrier tell one use from the next alone.
+            mbarrier.wait(started, i_wave & 1, pred=num_shared > 0)
+            if num_steps > 0:
+                place = _place(0, num_shared, uses_0, uses_1, WG)
+                i_k = _stage(place, K_STAGES)
                 word_0 = 0
                 word_1 = 0
-                # Read before the products, so that a masked step does not wait for it.
-                if i_step >= clean_steps:
-                    word_0 = gl.load(p_masks + i_step * 2)
-                    word_1 = gl.load(p_masks + i_step * 2 + 1)
+                if clean_steps == 0:
+                    word_0 = gl.load(p_masks)
+                    word_1 = gl.load(p_masks + 1)
+                mbarrier.wait(k_full.index(i_k), _phase(place, K_STAGES))
                 b_st = warpgroup_mma(b_q, k_s.index(i_k).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                b_out = rescale(b_out, gl.convert_layout(b_shrink, result_rows), D)
-                mbarrier.wait(v_full.index(i_v), ((i_use - 1) // V_STAGES) & 1)
-                b_ot = warpgroup_mma(b_po, v_s.index(i_v), b_out, is_async=True)
-                b_s = warpgroup_mma_wait(1, deps=(b_st,))
+                b_s = warpgroup_mma_wait(0, deps=(b_st,))
                 mbarrier.arrive(k_empty.index(i_k))
-                b_s = _masked(b_s, i_step, clean_steps, word_0, word_1, o_granule, o_column, BOX_TOKENS)
+                b_s = _masked(b_s, 0, clean_steps, word_0, word_1, o_granule, o_column, BOX_TOKENS)
                 b_p, b_max, b_sum, b_shrink = _softmax(b_s, b_max, b_sum, scale_log2)
-                i_next = i_use + 1
-                i_kn = WG * K_STAGES + i_next % K_STAGES
-                mbarrier.wait(k_full.index(i_kn), (i_next // K_STAGES) & 1, pred=i_step + 1 < num_steps)
-                b_out, b_p = warpgroup_mma_wait(0, deps=(b_ot, b_p))
-                mbarrier.arrive(v_empty.index(i_v))
                 b_po = gl.convert_layout(b_p.to(dtype), p_operand)
-            i_last = num_done + num_steps - 1
-            i_v = WG * V_STAGES + i_last % V_STAGES
-            b_out = rescale(b_out, gl.convert_layout(b_shrink, result_rows), D)
-            mbarrier.wait(v_full.index(i_v), (i_last // V_STAGES) & 1)
-            b_ot = warpgroup_mma(b_po, v_s.index(i_v), b_out, is_async=True)
-            b_out = warpgroup_mma_wait(0, deps=(b_ot,))
-            mbarrier.arrive(v_empty.index(i_v))
-        num_done += num_steps
-        sums = (b_out, b_max, b_sum)
-        write_block(sums, out, lse, gated, staging, i_b, i_h, o_tile, o_token, o_lse, HEADS, NUM_ROWS, D, memory)
+                last = place
+                place = _place(1, num_shared, uses_0, uses_1, WG)
+                mbarrier.wait(k_full.index(_stage(place, K_STAGES)), _phase(place, K_STAGES), pred=num_steps > 1)
+                for i_step in range(1, num_steps):
+                    i_k = _stage(place, K_STAGES)
+                    i_v = _stage(last, V_STAGES)
+                    word_0 = 0
+                    word_1 = 0
+                    # Read before the products, so that a masked step does not wait for it.
+                    if i_step >= clean_steps:
+                        word_0 = gl.load(p_masks + i_step * 2)
+                        word_1 = gl.load(p_masks + i_step * 2 + 1)
+                    b_st = warpgroup_mma(b_q, k_s.index(i_k).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                    b_out = rescale(b_out, gl.convert_layout(b_shrink, result_rows), D)
+                    mbarrier.wait(v_full.index(i_v), _phase(last, V_STAGES))
+                    b_ot = warpgroup_mma(b_po, v_s.index(i_v), b_out, is_async=True)
+                    b_s = warpgroup_mma_wait(1, deps=(b_st,))
+                    mbarrier.arrive(k_empty.index(i_k))
+                    b_s = _masked(b_s, i_step, clean_steps, word_0, word_1, o_granule, o_column, BOX_TOKENS)
+                    b_p, b_max, b_sum, b_shrink = _softmax(b_s, b_max, b_sum, scale_log2)
+                    last = place
+                    place = _place(i_step + 1, num_shared, uses_0, uses_1, WG)
+                    i_kn = _stage(place, K_STAGES)
+                    mbarrier.wait(k_full.index(i_kn), _phase(place, K_STAGES), pred=i_step + 1 < num_steps)
+                    b_out, b_p = warpgroup_mma_wait(0, deps=(b_ot, b_p))
+                    mbarrier.arrive(v_empty.index(i_v))
+                    b_po = gl.convert_layout(b_p.to(dtype), p_operand)
+                i_v = _stage(last, V_STAGES)
+                b_out = rescale(b_out, gl.convert_layout(b_shrink, result_rows), D)
+                mbarrier.wait(v_full.index(i_v), _phase(last, V_STAGES))
+                b_ot = warpgroup_mma(b_po, v_s.index(i_v), b_out, is_async=True)
+                b_out = warpgroup_mma_wait(0, deps=(b_ot,))
+                mbarrier.arrive(v_empty.index(i_v))
+            sums = (b_out, b_max, b_sum)
+            write_block(sums, out, lse, gated, staging, i_b, i_h, o_tile, o_token, o_lse, HEADS, NUM_ROWS, D, memory)
+        uses_0 += ring_0 * 2
+        uses_1 += ring_1 * 2
+        i_wave += 1  # noqa: SIM113 (kernels have no enumerate)
 
 
 @gluon.jit(
@@ -325,14 +364,16 @@ def block_sparse_fwd_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [2 * K_STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [2 * V_STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [2 * V_STAGES, 1], mbarrier.MBarrierLayout())
+    started = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(started.index(0), count=2)
     for i in gl.static_range(2 * K_STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
     for i in gl.static_range(2 * V_STAGES):
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    buffers = (q_s, k_s, v_s, k_full, k_empty, v_full, v_empty)
+    buffers = (q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, started.index(0))
     work = (masks, meta, counts, row_token, num_heads, s_plan, s_masks, first_head, HEADS, NUM_ROWS)
     tensors = (query, out, lse, s_qb, s_qs, s_qh, scale_log2)
     gated = (gate, coarse, block_tiles, s_gb, s_gs, s_gh, NUM_TILES)

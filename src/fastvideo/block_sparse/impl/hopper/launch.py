@@ -17,7 +17,7 @@ from fastvideo.block_sparse.impl.hopper import backward_kernels as bwd
 from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
 from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_keys_kernel, pack_layout, pack_queries_kernel
-from fastvideo.block_sparse.impl.hopper.plan import Plan, mark, plan_lists, plan_marks
+from fastvideo.block_sparse.impl.hopper.plan import Plan, plan_keys, plan_queries
 from fastvideo.block_sparse.impl.hopper.queues import fill_queues
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 
@@ -171,7 +171,7 @@ def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
     }
 
 
-def _arrivals(programs: int, rows: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> dict[str, Any]:
+def _arrivals(programs: int, pairs: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> dict[str, Any]:
     """How often programs that walk in step look for each other, and a zeroed counter for each wave of them."""
     head_bytes = 2 * packed.max_rows * key.shape[3] * key.itemsize
     # Lists of different lengths would make everybody wait for the longest.
@@ -179,7 +179,7 @@ def _arrivals(programs: int, rows: int, key: Tensor, pattern: BlockPattern, pack
     if not in_step:
         # Nobody counts; any integers stand in.
         return {"arrivals": packed.counts, "IN_STEP": 0}
-    waves = -(-rows // (2 * programs)) + 1
+    waves = -(-pairs // programs)
     return {"arrivals": torch.zeros(waves, dtype=torch.int32, device=key.device), "IN_STEP": in_step}
 
 
@@ -238,9 +238,9 @@ def forward_into(
         for first, heads in _head_groups(batch * kv_heads, head_bytes):
             keys = in_place or _pack_keys(key, value, walked, first, heads, scale)
             first_head, heads = first * group, heads * group
-            plan = plan_lists(pattern, own, walked, first_head, heads, batch * num_heads)
-            rows = heads * own.max_blocks
-            programs = min(_num_programs(query.device), -(-rows // 2))
+            plan = plan_queries(pattern, own, walked, first_head, heads, batch * num_heads)
+            pairs = heads * own.max_pairs
+            programs = min(_num_programs(query.device), pairs)
             key_boxes, value_boxes = keys.maps(64, head_size)
             key_granules, value_granules = keys.maps(16, head_size)
             fwd.block_sparse_fwd_kernel[(programs,)](
@@ -266,7 +266,7 @@ def forward_into(
                 num_warps=4,
                 **_strides(q=query),
                 **_walk(plan, own),
-                **_arrivals(programs, rows, key, pattern, walked),
+                **_arrivals(programs, pairs, key, pattern, walked),
                 **gated,
                 **FWD[head_size],
             )
@@ -366,9 +366,9 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     """Write the gradient of some query heads."""
     own, head_size = call.queries, call.head_size
     total = call.query.shape[0] * call.query.shape[2]
-    plan = plan_lists(call.pattern, own, call.keys, first_head, heads, total)
-    rows = heads * own.max_blocks
-    programs = min(_num_programs(dq.device), -(-rows // 2))
+    plan = plan_queries(call.pattern, own, call.keys, first_head, heads, total)
+    pairs = heads * own.max_pairs
+    programs = min(_num_programs(dq.device), pairs)
     key_boxes, value_boxes = keys.maps(64, head_size)
     key_granules, value_granules = keys.maps(16, head_size)
     scale = _kernel_scale(call.scale)
@@ -398,7 +398,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
         num_warps=4,
         **_strides(q=call.query, d=call.dout),
         **_walk(plan, own),
-        **_arrivals(programs, rows, call.key, call.pattern, call.keys),
+        **_arrivals(programs, pairs, call.key, call.pattern, call.keys),
         **DQ[head_size],
     )
 
@@ -409,10 +409,7 @@ def _launch_dkdv(
     """Write the gradients of some key heads."""
     own, head_size, group, pattern = call.keys, call.head_size, call.group, call.pattern
     total = call.query.shape[0] * call.query.shape[2]
-    marks = mark(pattern, first * group, heads * group, total, by_key=True)
-    num_listed = pattern.indices.shape[2:].numel()
-    plan = plan_marks(marks, own, call.queries, num_listed, has_pads=False)
-    del marks
+    plan = plan_keys(pattern, own, call.queries, first * group, heads * group, total)
     programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
     lengths, queues, ends = fill_queues(plan, own, heads, group, 2 * programs)
     flat = stats.view(-1)

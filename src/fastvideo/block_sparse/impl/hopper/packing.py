@@ -58,6 +58,11 @@ class PackedLayout:
         return self.max_blocks * BLOCK_ROWS
 
     @property
+    def max_pairs(self) -> int:
+        """Upper bound of the pairs of neighbouring blocks, where blocks of several pieces and of one pair among themselves."""
+        return self.max_blocks // 2 + 1
+
+    @property
     def is_even(self) -> bool:
         """Whether all pieces are known to have `piece_rows` tokens."""
         return self.layout.is_uniform and self.layout.max_size == self.pieces * self.piece_rows
@@ -66,6 +71,16 @@ class PackedLayout:
     def is_one_piece_a_block(self) -> bool:
         """Whether block `i` is known to be piece `i`."""
         return self.is_even and self.piece_rows > 32
+
+    @property
+    def may_join(self) -> bool:
+        """Whether some blocks may hold several pieces."""
+        return not self.is_one_piece_a_block
+
+    @property
+    def may_be_alone(self) -> bool:
+        """Whether some blocks may hold one piece alone."""
+        return not self.is_even or self.piece_rows > 32
 
     @property
     def box_tokens(self) -> int:

@@ -65,7 +65,7 @@ def rank_places_kernel(
         m_real = (i_place < num_places) & (i_block < num_blocks)
         length = tl.zeros([CHUNK], tl.int32)
         for i_group in range(GROUP):
-            length += tl.load(meta + ((i_head * GROUP + i_group) * s_plan + i_block) * 6 + 5, mask=m_real, other=0)
+            length += tl.load(meta + ((i_head * GROUP + i_group) * s_plan + i_block) * 8 + 5, mask=m_real, other=0)
         tl.store(lengths + i_place, length, mask=i_place < num_places)
         total += tl.sum(tl.where(m_real, length + _BLOCK_COST, 0).to(tl.int64), 0)
     tl.debug_barrier()
