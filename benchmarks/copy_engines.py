@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/copy_engines.py
 
-Prints, on rank 0: bytes per second of reading a peer's memory, whole and by rows; a round of words between two devices; and
-torch's attention (10 heads of 128, 37,800 tokens, bf16) alone, beside eight copies of 97 MiB, and beside as many bytes by NCCL.
+Prints, on rank 0: bytes per second of reading a peer's memory and of writing it, whole and by rows, and of writing to all
+peers, one after another and at once; a round of words between two devices; and torch's attention (10 heads of 128, 37,800
+tokens, bf16) alone, beside eight copies of 97 MiB, and beside as many bytes by NCCL.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
-from cuda.bindings import driver, runtime
+
+from fastvideo.distributed.driver import open_driver
 
 MIB = 1 << 20
 SIZE = 512 * MIB
@@ -37,12 +39,6 @@ def milliseconds(work: Callable[[], object], repetitions: int = 10) -> float:
     return begin.elapsed_time(end) / repetitions
 
 
-def checked(result: tuple[object, ...]) -> None:
-    """Raise if CUDA refused."""
-    if int(result[0]) != 0:  # type: ignore[call-overload]  # an enumeration of the bindings
-        raise RuntimeError(f"CUDA refused: {result[0]!r}")
-
-
 def main() -> None:
     """Measure and print."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -52,12 +48,16 @@ def main() -> None:
     own = symmetric.empty(SIZE, dtype=torch.uint8, device=device)
     own.zero_()
     torch.cuda.synchronize()
-    handle = symmetric.rendezvous(own, dist.group.WORLD.group_name)
+    handle_of = symmetric.rendezvous(own, dist.group.WORLD.group_name)
     peer = (rank + 1) % size
-    remote = handle.get_buffer(peer, (SIZE,), torch.uint8)
+    remote = handle_of.get_buffer(peer, (SIZE,), torch.uint8)
     here = torch.empty(SIZE, dtype=torch.uint8, device=device)
-    kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+    driver = open_driver()
+    if driver is None:
+        raise RuntimeError("expected CUDA's driver, libcuda.so.1, found none")
     copies = torch.cuda.Stream(priority=-1)
+    streams = [torch.cuda.Stream(priority=-1) for _ in range(size - 1)]
+    peers = [(rank + distance) % size for distance in range(1, size)]
     count = 0
 
     def say(text: str) -> None:
@@ -68,18 +68,31 @@ def main() -> None:
         return torch.cuda.current_stream().cuda_stream
 
     def by_rows(width: int) -> None:
-        checked(runtime.cudaMemcpy2DAsync(here.data_ptr(), width, remote.data_ptr(), 10_240, width, 37_800, kind, stream()))
+        driver.copy_rows(here.data_ptr(), width, remote.data_ptr(), 10_240, width, 37_800, stream())
+
+    def rows_to(to: int, width: int, handle: int) -> None:
+        driver.copy_rows(handle_of.buffer_ptrs[to], width, here.data_ptr(), 10_240, width, 37_800, handle)
+
+    def rows_to_all(width: int, is_at_once: bool) -> None:
+        main_stream = torch.cuda.current_stream()
+        for to, beside in zip(peers, streams, strict=True):
+            if is_at_once:
+                beside.wait_stream(main_stream)
+            rows_to(to, width, beside.cuda_stream if is_at_once else main_stream.cuda_stream)
+        for beside in streams if is_at_once else ():
+            main_stream.wait_stream(beside)
 
     def exchange_words() -> None:
         nonlocal count
         count += 1
-        at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
-        checked(driver.cuStreamWriteValue32(stream(), handle.buffer_ptrs[peer] + WORDS + 4 * rank, count, 0))
-        sender = (rank - 1) % size
-        checked(driver.cuStreamWaitValue32(stream(), handle.buffer_ptrs[rank] + WORDS + 4 * sender, count, at_least))
+        driver.write(stream(), handle_of.buffer_ptrs[peer] + WORDS + 4 * rank, count)
+        driver.wait(stream(), handle_of.buffer_ptrs[rank] + WORDS + 4 * ((rank - 1) % size), count)
 
     def read(num_bytes: int) -> None:
         here[:num_bytes].copy_(remote[:num_bytes])
+
+    def write(num_bytes: int) -> None:
+        remote[:num_bytes].copy_(here[:num_bytes])
 
     def swap(num_bytes: int) -> None:
         dist.all_to_all_single(own[:num_bytes], here[:num_bytes])
@@ -87,9 +100,15 @@ def main() -> None:
     for mib in (8, 97, 387):
         ms = milliseconds(lambda mib=mib: read(mib * MIB))  # type: ignore[misc]
         say(f"read {mib} MiB of a peer: {ms:.3f} ms, {mib * MIB / ms / 1e6:.0f} GB/s")
-    for width in (1280, 2560, 5120):
+        ms = milliseconds(lambda mib=mib: write(mib * MIB))  # type: ignore[misc]
+        say(f"write {mib} MiB to a peer: {ms:.3f} ms, {mib * MIB / ms / 1e6:.0f} GB/s")
+    for width in (256, 512, 1280, 2560, 5120):
         ms = milliseconds(lambda width=width: by_rows(width))  # type: ignore[misc]
         say(f"read 37,800 rows of {width} bytes: {ms:.3f} ms, {width * 37_800 / ms / 1e6:.0f} GB/s")
+        for is_at_once in (False, True):
+            ms = milliseconds(lambda width=width, at_once=is_at_once: rows_to_all(width, at_once))  # type: ignore[misc]
+            how = "at once" if is_at_once else "one after another"
+            say(f"write them to {size - 1} peers, {how}: {ms:.3f} ms, {(size - 1) * width * 37_800 / ms / 1e6:.0f} GB/s")
     say(f"a word to a peer and one from it: {milliseconds(exchange_words, 50) * 1e3:.1f} us")
     q = torch.randn(1, 10, 37_800, 128, device=device, dtype=torch.bfloat16)
 

@@ -393,15 +393,17 @@ def test_ring_fetches_from_one_and_sends_home(lengths: tuple[int, ...], is_causa
         x, own = shards(whole, 1, lengths)[rank], lengths
         if is_causal:
             x = join(exchange, x, regroup_route(x.shape, 1, lengths, rank))
-        stacked = torch.stack((x, -x))
+        both = (x, -x)
         for step in ring_steps(rank, x.shape[1], own, x.shape, is_causal=is_causal)[1:]:
             assert step.fetch is not None
-            keys = join(exchange, stacked, step.fetch)
+            routes, back = [step.fetch] * 2, [step.fetch.back()] * 2
+            keys = [joined(exchange, *pair) for pair in zip(exchange.start(both, routes, is_hidden=True), routes, strict=True)]
             seen = torch.cat([whole[:, first:last] for first, last in step.columns], dim=1)
-            torch.testing.assert_close(keys, torch.stack((seen, -seen)), rtol=0, atol=0)
-            home = join(exchange, keys, step.fetch.back())
+            torch.testing.assert_close(keys, [seen, -seen], rtol=0, atol=0)
+            home = [joined(exchange, *pair) for pair in zip(exchange.start(keys, back), back, strict=True)]
             count = next(last for part in step.fetch.send.parts for _, last in part) if any(step.fetch.send.parts) else 0
-            torch.testing.assert_close(home[:, :, :count], stacked[:, :, :count], rtol=0, atol=0)
+            for sent, kept in zip(home, both, strict=True):
+                torch.testing.assert_close(sent[:, :count], kept[:, :count], rtol=0, atol=0)
 
     memories = run_ranks(size, 8192, work)
     assert all(peer != memory.rank for memory in memories for peer, _ in memory.waited)

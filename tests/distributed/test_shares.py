@@ -141,14 +141,14 @@ def positions(pieces: tuple[tuple[int, int], ...]) -> list[int]:
 def test_a_ring_meets_every_pair_once_with_the_keys_that_were_sent(lengths: list[int], is_causal: bool) -> None:
     size, total = len(lengths), sum(lengths)
     held = balanced_pieces(total, size) if is_causal else list(consecutive(0, lengths).parts)
-    keys = [torch.tensor(positions(pieces)).view(1, 1, -1, 1, 1).expand(2, 1, -1, 1, 1).contiguous() for pieces in held]
-    steps = [ring_steps(rank, keys[rank].shape[2], lengths, keys[rank].shape[1:], is_causal=is_causal) for rank in range(size)]
+    keys = [torch.tensor(positions(pieces)).view(1, -1, 1, 1) for pieces in held]
+    steps = [ring_steps(rank, keys[rank].shape[1], lengths, keys[rank].shape, is_causal=is_causal) for rank in range(size)]
     met = torch.zeros(total, total, dtype=torch.int64)
     for number in range(size):
         arrived = keys if number == 0 else send(keys, [steps[rank][number].fetch for rank in range(size)])
         for rank in range(size):
             step = steps[rank][number]
-            seen = arrived[rank][0, 0, slice(*step.keys), 0, 0].tolist()
+            seen = arrived[rank][0, slice(*step.keys), 0, 0].tolist()
             assert seen == positions(step.columns)
             for i, row in enumerate(positions(held[rank])[slice(*step.rows)]):
                 met[row, seen[: i + 1] if step.is_causal else seen] += 1

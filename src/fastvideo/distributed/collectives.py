@@ -81,7 +81,7 @@ def launch_exchange(
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Two autograd functions would be an eighth of the host time of a dense layer's call.
-        return Launched(_start((x,), (route,), group.name, into, is_hidden)[0], None, route, into)
+        return Launched(start((x,), (route,), group.name, into, is_hidden)[0], None, route, into)
     if into is not None:
         raise ValueError(
             "expected no `into` where a gradient is recorded, got one; what is finished is a tensor of its own there"
@@ -116,7 +116,7 @@ def launch_exchanges(
         return [Launched(x, None, route, None, number) for x, route in zip(received, routes, strict=True)]
     if not is_hidden:
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
-    started = _start(tensors, routes, group.name, None, is_hidden)
+    started = start(tensors, routes, group.name, None, is_hidden)
     return [Launched(received, None, route) for received, route in zip(started, routes, strict=True)]
 
 
@@ -151,9 +151,18 @@ def sum_gradient(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
     return _SumGradient.apply(x, group.name)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def start(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
-    """Start an exchange without gradient; read the result by `arrive`."""
-    return _start((x,), (route,), name)[0]
+def start(
+    tensors: Sequence[torch.Tensor],
+    routes: Sequence[Route],
+    name: str,
+    into: torch.Tensor | None = None,
+    is_hidden: bool = False,
+) -> Sequence[torch.Tensor]:
+    """Start an exchange of several tensors without gradient; read each result by `arrive`. Arguments as `launch_exchange`'s."""
+    direct = direct_exchange(tensors[0], name)
+    if direct is not None:
+        return direct.start(tensors, routes, into, is_hidden=is_hidden)
+    return [_start_collective(x, route, name) for x, route in zip(tensors, routes, strict=True)]
 
 
 def arrive(started: torch.Tensor, route: Route, name: str) -> torch.Tensor:
@@ -216,19 +225,6 @@ def unpack(flat: torch.Tensor, cut: Cut, shape: tuple[int, ...]) -> torch.Tensor
     return whole
 
 
-def _start(
-    tensors: Sequence[torch.Tensor],
-    routes: Sequence[Route],
-    name: str,
-    into: torch.Tensor | None = None,
-    is_hidden: bool = False,
-) -> Sequence[torch.Tensor]:
-    direct = direct_exchange(tensors[0], name)
-    if direct is not None:
-        return direct.start(tensors, routes, into, is_hidden=is_hidden)
-    return [_start_collective(x, route, name) for x, route in zip(tensors, routes, strict=True)]
-
-
 def _start_collective(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
     sent, received = _counts(route.send, route.source), _counts(route.receive, route.shape)
     if route.is_gather and len(set(received)) == 1:
@@ -263,7 +259,7 @@ class _Launch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, route: Route, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.route, ctx.name = route, name
-        received = start(x, route, name)
+        (received,) = start((x,), (route,), name)
         ctx.mark_non_differentiable(received)
         is_joined = direct_exchange(x, name) is not None and has_own_places(route.back())
         return received, x.new_empty(1).expand(route.source if is_joined else (sum(_counts(route.send, route.source)),))
@@ -281,7 +277,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        return None, start(grad, ctx.route.back(), ctx.name), None, None
+        return None, start((grad,), (ctx.route.back(),), ctx.name)[0], None, None
 
 
 class _SumGradient(torch.autograd.Function):

@@ -59,7 +59,7 @@ class Step(NamedTuple):
         keys: Where the keys that they see stand: among this rank's own, or in what is fetched.
         columns: The same keys as columns of a mask over all keys, one after another.
         is_causal: The step is the diagonal: row i sees keys up to i.
-        fetch: How keys and values, `[2, B, S, H, D]`, come; `None` where they are here.
+        fetch: How keys come, `[B, S, H, D]`, and values likewise; `None` where they are here.
     """
 
     rows: Interval
@@ -100,12 +100,12 @@ def ring_steps(
             counts = [[0] * size for _ in range(size)]
             for reader in range(size):
                 owner = (reader - distance) % size
-                counts[owner][reader] = 2 * batch * math.prod(head) * _count(_seen(owner, reader, pieces, is_causal))
+                counts[owner][reader] = batch * math.prod(head) * _count(_seen(owner, reader, pieces, is_causal))
             fetch = Route(
-                Cut(2, tuple(send)),
-                Cut(2, tuple(receive)),
-                (2, batch, own, *head),
-                (2, batch, count, *head),
+                Cut(1, tuple(send)),
+                Cut(1, tuple(receive)),
+                (batch, own, *head),
+                (batch, count, *head),
                 tuple([tuple(row) for row in counts]),
             )
         steps.append(Step((first_row, num_rows), (0, count), seen, is_causal and not distance, fetch))
@@ -216,13 +216,12 @@ class _Parts(torch.autograd.Function):
         wide = lse.dtype
         # A row that sees nothing anywhere has no finite log-sum-exp; its weights are 0 with any.
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        grad_query = torch.zeros(query.shape, dtype=wide, device=query.device)
-        grad_kv = torch.zeros((2, *key.shape), dtype=wide, device=key.device)
+        grad_query, grad_kv = _Sum(query, wide), (_Sum(key, wide), _Sum(value, wide))
         mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
         grad_mask = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask_needs_grad else None
-        grad_more: torch.Tensor | None = None
+        grad_more: list[torch.Tensor | None] = [None, None]
         parts = _Keys(key, value, more_keys, more_values, steps, name)
-        on_the_way: tuple[torch.Tensor, Route] | None = None
+        on_the_way: tuple[Sequence[torch.Tensor], Route] | None = None
         for number, step in enumerate(steps):
             k, v = parts.of_step(number)
             num_more = parts.num_more if number == 0 else 0
@@ -234,32 +233,29 @@ class _Parts(torch.autograd.Function):
                 of_query, of_key, of_value, of_mask = kernels.backward(
                     grad[:, rows], query[:, rows], k, v, *result, part_mask, step.is_causal, mask_needs_grad
                 )
-                grad_query[:, rows] += of_query
-                part_kv = torch.stack((of_key, of_value))
+                grad_query.add(of_query, step.rows)
+                part_kv = [of_key, of_value]
                 if grad_mask is not None and of_mask is not None:
                     _add_to_mask(grad_mask, of_mask, step, num_more)
             else:
-                part_kv = torch.zeros((2, *k.shape), dtype=key.dtype, device=key.device)
+                part_kv = [torch.zeros_like(k), torch.zeros_like(v)]
             if num_more:
-                part_kv, grad_more = torch.split(part_kv, [k.shape[1] - num_more, num_more], dim=2)
+                grad_more = [x[:, k.shape[1] - num_more :] for x in part_kv]
+                part_kv = [x[:, : k.shape[1] - num_more] for x in part_kv]
             if step.fetch is None:
-                grad_kv[:, :, step.keys[0] : step.keys[1]] += part_kv
+                for total, part in zip(grad_kv, part_kv, strict=True):
+                    total.add(part, step.keys)
             else:
                 route = step.fetch.back()
-                sent = start(part_kv, route, name)
-                if on_the_way is not None:
-                    grad_kv += arrive(*on_the_way, name)
+                sent = start(part_kv, (route, route), name, is_hidden=number + 1 < len(steps))
+                _add_arrived(grad_kv, on_the_way, name)
                 on_the_way = (sent, route)
-        if on_the_way is not None:
-            grad_kv += arrive(*on_the_way, name)
-        grad_key, grad_value = grad_kv.to(key.dtype).unbind(0)
+        _add_arrived(grad_kv, on_the_way, name)
         return (
-            grad_query.to(query.dtype),
-            grad_key,
-            grad_value,
+            grad_query.result(),
+            *[total.result() for total in grad_kv],
             None if grad_mask is None else grad_mask.to(mask.dtype),
-            None if grad_more is None else grad_more[0],
-            None if grad_more is None else grad_more[1],
+            *grad_more,
             None,
             None,
             None,
@@ -281,8 +277,6 @@ class _Keys:
         self._own = (key, value)
         self._more = None if more_keys is None or more_values is None else (more_keys, more_values)
         self._steps, self._name = steps, name
-        is_fetched = any(step.fetch is not None for step in steps)
-        self._stacked = torch.stack((key, value)) if is_fetched else None
         self._next = self._start(0)
         self.num_more = 0 if more_keys is None else more_keys.shape[1]
 
@@ -293,15 +287,45 @@ class _Keys:
             first, last = step.keys
             k, v = (x[:, first:last] for x in self._own)
         else:
-            k, v = arrive(started, step.fetch, self._name).unbind(0)
+            k, v = (arrive(x, step.fetch, self._name) for x in started)
         self._next = self._start(number + 1)
         if number == 0 and self._more is not None:
             k, v = torch.cat([k, self._more[0]], dim=1), torch.cat([v, self._more[1]], dim=1)
         return k, v
 
-    def _start(self, number: int) -> torch.Tensor | None:
+    def _start(self, number: int) -> Sequence[torch.Tensor] | None:
         fetch = self._steps[number].fetch if number < len(self._steps) else None
-        return None if fetch is None or self._stacked is None else start(self._stacked, fetch, self._name)
+        return None if fetch is None else start(self._own, (fetch, fetch), self._name, is_hidden=True)
+
+
+class _Sum:
+    """The gradient of a tensor, `[B, S, H, D]`, added up in float32 at least."""
+
+    def __init__(self, x: torch.Tensor, wide: torch.dtype) -> None:
+        self._x, self._wide = x, wide
+        self._total: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor, tokens: Interval) -> None:
+        """Add the gradient of some tokens."""
+        first, last = tokens
+        if self._total is None and last - first == self._x.shape[1]:
+            self._total = part.to(self._wide, copy=True)
+            return
+        if self._total is None:
+            self._total = torch.zeros(self._x.shape, dtype=self._wide, device=self._x.device)
+        self._total[:, first:last] += part
+
+    def result(self) -> torch.Tensor:
+        """Return the gradient in the tensor's dtype."""
+        return torch.zeros_like(self._x) if self._total is None else self._total.to(self._x.dtype)
+
+
+def _add_arrived(totals: Sequence[_Sum], on_the_way: tuple[Sequence[torch.Tensor], Route] | None, name: str) -> None:
+    """Wait for the gradients of keys and values that another rank has sent home, and add them."""
+    if on_the_way is not None:
+        for total, sent in zip(totals, on_the_way[0], strict=True):
+            arrived = arrive(sent, on_the_way[1], name)
+            total.add(arrived, (0, arrived.shape[1]))
 
 
 def _part_mask(mask: torch.Tensor | None, step: Step, num_more: int) -> torch.Tensor | None:
