@@ -59,6 +59,7 @@ def test_scores_compile_for_hopper(head_size: int, tmp_path: Path) -> None:
 TILE_KERNELS = {
     "block_sparse.gate_kernels.gated_tiles_fwd_kernel": 1,
     "block_sparse.gate_kernels.gated_tiles_bwd_kernel": 2,
+    "block_sparse.gate_kernels.gated_tiles_bwd_kernel without dlse": 2,
     "video.pooling_kernels.tile_sum_kernel": 0,
     "block_sparse.coarse_kernels.tile_means_kernel": 3,
     "block_sparse.coarse_kernels.tile_means_bwd_kernel": 3,
@@ -66,19 +67,22 @@ TILE_KERNELS = {
 COMPILED = {
     "fastvideo.block_sparse.selection_kernels.top_k_kernel",
     "fastvideo.block_sparse.selection_kernels.coarse_scores_kernel",
-    *(f"fastvideo.{name}" for name in TILE_KERNELS),
+    *(f"fastvideo.{name.split()[0]}" for name in TILE_KERNELS),
 }
 
 
 @needs_triton
 @pytest.mark.parametrize("place", TILE_KERNELS)
 def test_tile_kernels_compile_for_hopper(place: str, tmp_path: Path) -> None:
-    module_name, _, name = f"fastvideo.{place}".rpartition(".")
+    module_name, _, name = f"fastvideo.{place.split()[0]}".rpartition(".")
     module = importlib.import_module(module_name)
-    constants = {"HEAD_SIZE": 128, "TILE": 64, "ROWS": module._ROWS, "COLUMNS": module._COLUMNS}
+    constants = {"HEAD_SIZE": 128, "TILE": 64, "ROWS": module._ROWS, "COLUMNS": module._COLUMNS, "D": 128}
+    if place.endswith("without dlse"):
+        constants["dlse"] = None
     types = {"scale": "fp32", "order": "*i32", "offsets": "*i32", "sums": "*fp32", "mean_query": "*fp32", "mean_key": "*fp32"}
     tensors = ("query", "key", "value")
     types |= dict.fromkeys(("x", "fine", "gate", "out", "dout", "dgate", "coarse", "dcoarse"), "*bf16")
+    types["dlse"] = "*fp32"
     types |= {f"{part}{x}": "*bf16" for part in ("", "low_", "d", "dlow_") for x in tensors}
     kernel = getattr(module, name)
     result = compile_triton(kernel, constants, types, tmp_path, strides="s_", num_warps=4, num_stages=2)

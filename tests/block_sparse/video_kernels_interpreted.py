@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvideo.block_sparse import coarse, geometry, selection, selection_kernels, video_sparse_attention
-from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_gated
+from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_added, _differentiate_gated
 from fastvideo.block_sparse.selection_kernels import launch_top_k
 from fastvideo.block_sparse.video_sparse import pool_tiles
 from fastvideo.block_sparse.video_sparse_reference import reference_top_k, video_sparse_attention_reference
@@ -77,6 +77,7 @@ def test_selection_in_chunks(scratch: int, head_size: int, monkeypatch) -> None:
     scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.repeat_interleave(2, dim=2).double())
     expected = scores.topk(9).indices.sort().values.int()
     monkeypatch.setattr(selection_kernels, "_BLOCK", 16)
+    monkeypatch.setattr(selection_kernels, "_BLOCK_KEYS", 16)
     monkeypatch.setattr(selection, "_SCRATCH_BYTES", scratch)
     assert torch.equal(selection.select_tiles(query, key, 9), expected)
 
@@ -149,11 +150,11 @@ def test_means_of_three_at_once(grid_tyx, tile_tyx, num_text, dtype, monkeypatch
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def gate_inputs(grid: TileGrid, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def gate_inputs(grid: TileGrid, dtype: torch.dtype, head_size: int = 40) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    shape = (2, grid.num_tokens, 3, 40)
+    shape = (2, grid.num_tokens, 3, head_size)
     fine, dout, gate = (torch.randn(shape).to(dtype) for _ in range(3))
-    return fine, surrounded(dout), torch.randn(2, grid.num_tiles, 3, 40), surrounded(gate)
+    return fine, surrounded(dout), torch.randn(2, grid.num_tiles, 3, head_size), surrounded(gate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -171,9 +172,27 @@ def test_gate(grid_tyx, tile_tyx, dtype) -> None:
     expected = torch.zeros_like(coarse, dtype=torch.float64)
     expected.index_add_(1, layouts.tile_of_token, dout.double() * gate.double())
     torch.testing.assert_close(dcoarse.double(), expected, rtol=1e-5, atol=1e-5)
+    dlse, *same = _differentiate_added(dout, coarse, gate, layouts)
+    assert all(torch.equal(x, y) for x, y in zip(same, (dcoarse, dgate), strict=True))
+    torch.testing.assert_close(dlse.double(), (dout.double() * products).sum(-1), rtol=1e-5, atol=1e-5)
     in_place = fine.clone()
     assert _add_gated(in_place, coarse, gate, in_place, layouts) is in_place
     assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("head_size", [1, 16, 64, 128, 200])
+def test_gradient_of_the_gate_in_heads_of_any_size(head_size: int) -> None:
+    layouts = geometry.video_geometry(TileGrid((3, 3, 5), (2, 2, 2)), "cpu")
+    fine, dout, coarse, gate = gate_inputs(layouts.grid, torch.float32, head_size)
+    of_token = coarse[:, layouts.tile_of_token]
+    again, dcoarse, dgate = _differentiate_gated(fine, dout, coarse, gate, layouts)
+    dlse, *same = _differentiate_added(dout, coarse, gate, layouts)
+    torch.testing.assert_close(again, fine - of_token * gate)
+    torch.testing.assert_close(dlse, (dout * of_token * gate).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dgate, dout * of_token)
+    expected = torch.zeros_like(coarse).index_add_(1, layouts.tile_of_token, dout * gate)
+    torch.testing.assert_close(dcoarse, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(same, (dcoarse, dgate), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

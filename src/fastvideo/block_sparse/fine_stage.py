@@ -2,7 +2,7 @@
 
 One custom op with an autograd formula. The coarse part is added in the epilogue of implementations that can (`forward_into`),
 else to the fine output where that lies. What the backward needs beside inputs and output is the log-sum-exp and the lists: it
-takes the coarse part off the output again, since `delta = rowsum(dout * fine)` is that of the fine output alone.
+takes the coarse part off again, since `delta = rowsum(dout * fine)` is that of the fine output alone.
 
 Shape legend: B batch, S video tokens, R replicated tokens, N tiles, H heads, D head size.
 """
@@ -196,12 +196,17 @@ def _backward_op(
     (video_out, text_out), (video_lse, text_lse) = call.split(out), call.split(lse)
     dcoarse, dgate = query.new_empty(0), query.new_empty(0)
     with torch.autocast(query.device.type, enabled=False):
+        dlse = None
         if coarse is not None and gate is not None:
-            video_out, dcoarse, dgate = _differentiate_gated(video_out, video_dout, coarse, gate, call.geometry)
+            gated = (coarse, gate, call.geometry)
+            if call.video.has_free_dlse and _in_kernels(video_out):
+                dlse, dcoarse, dgate = _differentiate_added(video_dout, *gated)
+            else:
+                video_out, dcoarse, dgate = _differentiate_gated(video_out, video_dout, *gated)
         dq, dk, dv = call.video.backward(
-            video_dout, None, video_query, key, value, video_out, video_lse, call.video_pattern, scale
+            video_dout, dlse, video_query, key, value, video_out, video_lse, call.video_pattern, scale
         )
-        del video_out
+        del video_out, dlse
         if num_replicated:
             text = call.text.backward(text_dout, None, text_query, key, value, text_out, text_lse, call.text_pattern, scale)
             dq, dk, dv = torch.cat([dq, text[0]], dim=1), dk.add_(text[1]), dv.add_(text[2])
@@ -251,6 +256,22 @@ def _add_gated(fine: Tensor, coarse: Tensor | None, gate: Tensor | None, out: Te
             launch_add_gated(fine, coarse, gate, out, geometry.video_tiles)
         return out
     return torch.addcmul(fine, coarse.to(fine.dtype).index_select(1, geometry.tile_of_token), gate, out=out)
+
+
+def _differentiate_added(dout: Tensor, coarse: Tensor, gate: Tensor, geometry: VideoGeometry) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gated output's gradient is to a backward that is given this output, and the gradients of `coarse` and `gate`.
+
+    `rowsum(dout * fine) = rowsum(dout * out) - rowsum(dout * coarse * gate)`: the latter, `[B, S, H]`, takes the place of the
+    log-sum-exp's gradient. No fine output is made, nor rounded again.
+    """
+    from fastvideo.block_sparse.gate_kernels import launch_gated_backward
+
+    batch, num_tokens, num_heads, _ = gate.shape
+    dlse = gate.new_empty(batch, num_heads, num_tokens, dtype=torch.float32).transpose(1, 2)
+    dgate, dcoarse = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, coarse))
+    with device_of(gate):
+        launch_gated_backward(None, dout, coarse, gate, geometry.video_tiles, dlse, dcoarse, dgate)
+    return dlse, dcoarse, dgate
 
 
 def _differentiate_gated(

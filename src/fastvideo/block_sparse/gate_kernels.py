@@ -1,6 +1,6 @@
 """Triton kernels that add a gated coarse part, broadcast from tiles to their tokens, and differentiate that, in one pass each.
 
-A program owns some of the H * D columns of one tile. Products and sums are in fp32, in a fixed order.
+A program owns some of the columns of one tile, H * D or whole heads. Products and sums are in fp32, in a fixed order.
 
 Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a block, `s_` strides in elements.
 """
@@ -80,6 +80,7 @@ def gated_tiles_bwd_kernel(
     coarse,
     gate,
     fine,
+    dlse,
     dcoarse,
     dgate,
     order,
@@ -92,17 +93,31 @@ def gated_tiles_bwd_kernel(
     s_gs,
     s_gh,
     s_nb,
+    s_lb,
+    s_lh,
     NUM_TILES,
     HEADS,
     HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """`dgate = dout * coarse`, `dcoarse` = sums over tiles of `dout * gate`, and `fine = out - coarse * gate` again."""
+    """`dgate = dout * coarse`, `dcoarse` = sums over tiles of `dout * gate`, and one of two ways to the fine output.
+
+    `dlse = rowsum(dout * coarse * gate)`, or without it `fine = out - coarse * gate` again. A program owns whole heads, each of
+    `D` columns, a power of two.
+    """
     i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_column, m_column, o_gate = _columns(tl.program_id(1), HEADS, s_gh, HEAD_SIZE, COLUMNS)
-    _, _, o_dout = _columns(tl.program_id(1), HEADS, s_dh, HEAD_SIZE, COLUMNS)
+    NUM_OWN: tl.constexpr = COLUMNS // D
+    i_first_head = tl.program_id(1) * NUM_OWN
+    o_head = i_first_head + tl.arange(0, COLUMNS) // D
+    o_d = tl.arange(0, COLUMNS) % D
+    m_column = o_head < HEADS if HEAD_SIZE == D else (o_head < HEADS) & (o_d < HEAD_SIZE)
+    m_column = m_column[None, :]
+    o_gate = (o_head.to(tl.int64) * s_gh + o_d)[None, :]
+    o_dout = (o_head.to(tl.int64) * s_dh + o_d)[None, :]
+    o_column = (o_head * HEAD_SIZE + o_d)[None, :]
     i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
     o_tile = (i_b * NUM_TILES + i_tile) * HEADS * HEAD_SIZE + o_column
     b_coarse = tl.load(coarse + o_tile, mask=m_column, other=0.0).to(tl.float32)
@@ -113,16 +128,23 @@ def gated_tiles_bwd_kernel(
         b_gate = tl.load(gate + i_b * s_gb + o_token * s_gs + o_gate, mask=m_block, other=0.0).to(tl.float32)
         b_dout = tl.load(dout + i_b * s_db + o_token * s_ds + o_dout, mask=m_block, other=0.0).to(tl.float32)
         o_own = o_token * (HEADS * HEAD_SIZE) + o_column
-        b_out = tl.load(out + i_b * s_ob + o_own, mask=m_block, other=0.0).to(tl.float32)
         b_dcoarse += b_dout * b_gate
-        tl.store(fine + i_b * s_nb + o_own, (b_out - b_coarse * b_gate).to(fine.dtype.element_ty), mask=m_block)
-        tl.store(dgate + i_b * s_nb + o_own, (b_dout * b_coarse).to(dgate.dtype.element_ty), mask=m_block)
+        b_dgate = b_dout * b_coarse
+        if dlse is None:
+            b_out = tl.load(out + i_b * s_ob + o_own, mask=m_block, other=0.0).to(tl.float32)
+            tl.store(fine + i_b * s_nb + o_own, (b_out - b_coarse * b_gate).to(fine.dtype.element_ty), mask=m_block)
+        else:
+            b_sum = tl.sum(tl.reshape(b_dgate * b_gate, [ROWS, NUM_OWN, D]), 2)
+            o_own_head = (i_first_head + tl.arange(0, NUM_OWN))[None, :]
+            p_sum = dlse + i_b * s_lb + o_own_head.to(tl.int64) * s_lh + o_token
+            tl.store(p_sum, b_sum, mask=m_row & (o_own_head < HEADS))
+        tl.store(dgate + i_b * s_nb + o_own, b_dgate.to(dgate.dtype.element_ty), mask=m_block)
     tl.store(dcoarse + o_tile, tl.sum(b_dcoarse, 0)[None, :].to(dcoarse.dtype.element_ty), mask=m_column)
 
 
-def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -> None:
+def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, num_blocks: int, **arguments: Any) -> None:
     batch, num_tiles, num_heads, head_size = coarse.shape
-    kernel[(num_tiles, -(-num_heads * head_size // _COLUMNS), batch)](
+    kernel[(num_tiles, num_blocks, batch)](
         coarse=coarse.contiguous(),
         order=layout.order,
         offsets=layout.offsets,
@@ -131,7 +153,6 @@ def _launch(kernel: Any, layout: TileLayout, coarse: Tensor, **arguments: Any) -
         HEAD_SIZE=head_size,
         TILE=layout.max_size,
         ROWS=min(_ROWS, 1 << (layout.max_size - 1).bit_length()),
-        COLUMNS=_COLUMNS,
         num_warps=4,
         **arguments,
     )
@@ -148,32 +169,55 @@ def launch_add_gated(fine: Tensor, coarse: Tensor, gate: Tensor, out: Tensor, la
         gated_tiles_fwd_kernel,
         layout,
         coarse,
+        -(-coarse.shape[2:].numel() // _COLUMNS),
         fine=fine,
         gate=gate,
         out=out,
         s_fb=fine.stride(0),
         s_ob=out.stride(0),
+        COLUMNS=_COLUMNS,
         **_strides("g", gate),
     )
 
 
 def launch_gated_backward(
-    out: Tensor, dout: Tensor, coarse: Tensor, gate: Tensor, layout: TileLayout, fine: Tensor, dcoarse: Tensor, dgate: Tensor
+    out: Tensor | None,
+    dout: Tensor,
+    coarse: Tensor,
+    gate: Tensor,
+    layout: TileLayout,
+    fine_or_dlse: Tensor,
+    dcoarse: Tensor,
+    dgate: Tensor,
 ) -> None:
-    """Fill `fine` and `dgate`, `[B, S, H, D]`, and `dcoarse`, `[B, N, H, D]`, all contiguous; see the kernel."""
+    """Fill `dgate`, `[B, S, H, D]`, `dcoarse`, `[B, N, H, D]`, and what the engine's backward needs; see the kernel.
+
+    With `out`, whose tokens are contiguous, that is the fine output, `[B, S, H, D]`, else `dlse`, `[B, S, H]` in fp32 with
+    contiguous tokens. All others are contiguous.
+    """
     gate, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, dout))
+    num_heads, head_size = coarse.shape[2:]
+    padded = 1 << (head_size - 1).bit_length()
+    columns = max(_COLUMNS, padded)
+    is_fine = out is not None
     _launch(
         gated_tiles_bwd_kernel,
         layout,
         coarse,
+        -(-num_heads * padded // columns),
         out=out,
         dout=dout,
         gate=gate,
-        fine=fine,
+        fine=fine_or_dlse if is_fine else None,
+        dlse=None if is_fine else fine_or_dlse,
         dcoarse=dcoarse,
         dgate=dgate,
-        s_ob=out.stride(0),
-        s_nb=fine.stride(0),
+        s_ob=0 if out is None else out.stride(0),
+        s_nb=dgate.stride(0),
+        s_lb=0 if is_fine else fine_or_dlse.stride(0),
+        s_lh=0 if is_fine else fine_or_dlse.stride(2),
+        D=padded,
+        COLUMNS=columns,
         **_strides("d", dout),
         **_strides("g", gate),
     )

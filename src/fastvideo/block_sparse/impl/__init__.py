@@ -53,12 +53,14 @@ class Implementation:
         forward_into: `(query, key, value, pattern, scale, out, lse, added)`: `forward` into tensors of the caller, of which
             only batches may lie apart, as many rows in `out` as in `lse`; with `added` the output is
             `fine + gate * coarse[tile of the query]`, summed in fp32 and rounded once. None for an implementation that can't.
+        has_free_dlse: Whether `dlse` costs `backward` next to nothing.
     """
 
     rejections: Rejections
     forward: Forward
     backward: Backward
     forward_into: ForwardInto | None = None
+    has_free_dlse: bool = False
 
 
 IMPLEMENTATIONS: dict[str, str] = {

@@ -105,4 +105,4 @@ def backward(
     return launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
 
 
-IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into)
+IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into, has_free_dlse=True)
