@@ -11,7 +11,7 @@ import torch
 from fastvideo.attention import DistributedAttention_VSA
 from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.block_sparse import geometry, pool_tiles, selection, video_sparse_attention
-from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_gated
+from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_added, _differentiate_gated
 from fastvideo.block_sparse.impl import IMPLEMENTATIONS, load_implementation
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.block_sparse.video_sparse_reference import video_sparse_attention_reference
@@ -73,6 +73,9 @@ def test_means_and_gate(grid_tyx: tuple[int, int, int], dtype: torch.dtype) -> N
     again, dcoarse, dgate = _differentiate_gated(out, dout, coarse, gate, layouts)
     assert_within_budget(again, out.double() - products, out - coarse[:, of_token].to(dtype) * gate)
     assert_within_budget(dgate, dout.double() * coarse[:, of_token].double(), dout * coarse[:, of_token].to(dtype))
+    dlse, *same = _differentiate_added(dout, coarse, gate, layouts)
+    assert all(torch.equal(x, y) for x, y in zip(same, (dcoarse, dgate), strict=True))
+    torch.testing.assert_close(dlse.double(), (dout.double() * products).sum(-1), rtol=1e-4, atol=1e-4)
     expected = torch.zeros(coarse.shape, dtype=torch.float64, device="cuda")
     expected.index_add_(1, of_token, dout.double() * gate.double())
     torch.testing.assert_close(dcoarse.double(), expected, rtol=1e-4, atol=1e-4)
