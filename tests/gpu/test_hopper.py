@@ -14,7 +14,7 @@ from fastvideo.block_sparse.impl import choose_implementation
 from ..block_sparse.engine_cases import EngineCases
 
 if importlib.util.find_spec("triton") is not None:
-    from fastvideo.block_sparse.impl.hopper import launch, plan
+    from fastvideo.block_sparse.impl.hopper import launch, packing, plan
 
 is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -154,6 +154,63 @@ def test_walking_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0)
     for one, other in zip(gradients(inputs, pattern), expected, strict=True):
         assert torch.equal(one, other)
+
+
+NEIGHBOURS = EngineCases(
+    "hopper",
+    "cuda",
+    {
+        "even": ([64] * 37, [64] * 60, 2, 4, 2, 128),
+        "even_64": ([64] * 37, [64] * 60, 1, 4, 4, 64),
+        "sixty": ([60] * 18, [60] * 50, 1, 3, 3, 128),
+        "two_blocks": ([128] * 11, [128] * 30, 1, 2, 1, 128),
+        "small": ([16] * 60, [64] * 40 + [16] * 9, 1, 4, 4, 128),
+        "mixed": ([64, 16, 64, 4, 16, 64, 30, 16, 64, 1, 20, 64, 100, 64, 9, 70] * 3, [64, 16, 64, 64, 50] * 9, 1, 2, 2, 128),
+        "mixed_64": ([64, 16, 64, 4, 16, 64, 30, 16, 64, 1, 20, 64, 64, 9] * 3, [64, 16, 64, 64, 50] * 9, 1, 2, 2, 64),
+    },
+)
+
+
+def neighbours(shape: str, overlap: float) -> BlockPattern:
+    """Lists that share about so much; some tiles see nothing, half of the keys, or all of them. The last key tile is unseen."""
+    mask = NEIGHBOURS.make_pattern(shape, ordered=False).tile_mask().cpu()
+    generator = torch.Generator().manual_seed(3)
+    common = torch.rand(*mask.shape[:2], 1, mask.shape[3], generator=generator) < 0.5
+    mask = torch.where(torch.rand(mask.shape, generator=generator) < overlap, common, mask)
+    mask[:, :, 4::7] = False
+    mask[:, :, 9::14, mask.shape[3] // 2 :] = False
+    mask[:, :, 5::14] = True
+    mask[..., -1] = False
+    layouts = [TileLayout.from_sizes(sizes, device="cuda") for sizes in NEIGHBOURS.shapes[shape][:2]]
+    return BlockPattern.from_mask(mask.cuda(), *layouts)
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 132])
+@pytest.mark.parametrize("overlap", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("shape", NEIGHBOURS.shapes)
+def test_neighbours_share_loads(shape: str, overlap: float, num_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs work on many pairs each, so that phases of barriers go on from pair to pair; the unseen keys are NaN."""
+    monkeypatch.setattr(launch, "_num_programs", lambda device: num_programs)
+    monkeypatch.setattr(plan, "_LEAST_SHARED", 0.0)
+    pattern, inputs = neighbours(shape, overlap), NEIGHBOURS.make_inputs(shape, torch.bfloat16)
+    own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
+    total = pattern.indices.shape[:2].numel()
+    walks = plan.plan_queries(pattern, own, walked, 0, total, total)
+    shared = walks.meta[:, : int(own.counts[1]), 6]
+    assert int(shared.sum()) > 0
+    if num_programs == 132:
+        NEIGHBOURS.check(inputs, pattern)
+    expected = NEIGHBOURS.gradients(inputs, pattern)
+    hidden = pattern.key_tiles.tile_of_token() == pattern.key_tiles.num_tiles - 1
+    for name in ("key", "value"):
+        inputs[name][:, hidden] = torch.nan
+    for _ in range(2):
+        for one, other in zip(NEIGHBOURS.gradients(inputs, pattern), expected, strict=True):
+            assert torch.equal(one, other)
+    # Nothing but the order of sums depends on what is shared.
+    monkeypatch.setattr(plan, "_LEAST_SHARED", 2.0)
+    for one, other in zip(NEIGHBOURS.gradients(inputs, pattern), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02 * float(other[other.isfinite()].abs().max()), rtol=0.02)
 
 
 def test_chosen_automatically() -> None:

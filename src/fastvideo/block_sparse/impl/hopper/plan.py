@@ -31,6 +31,8 @@ _SLACK = 16
 # Pieces, or entries of a list, that one program of a planner keeps in registers.
 _CHUNK = 2048
 _LIST_CHUNK = 1024
+_PIECES_A_WARP = 128
+_ENTRIES_A_WARP = 64
 # A pair shares steps if these make up so much of a full list; else its walks do not wait for each other.
 _LEAST_SHARED = 1 / 8
 _META = 8
@@ -92,7 +94,7 @@ def plan_queries(
             DEPTH=width.bit_length(),
             CHUNK=chunk,
             IS_ONE_CHUNK=width * walked.pieces <= chunk,
-            num_warps=max(1, chunk // 64),
+            num_warps=max(1, chunk // _ENTRIES_A_WARP),
             **_piece_constants(walked),
         )
     return plan
@@ -201,6 +203,6 @@ def _plan_marks(
         IS_JOINT=least_shared is not None,
         CHUNK=chunk,
         IS_ONE_CHUNK=num_pieces <= chunk,
-        num_warps=max(1, chunk // (128 if least_shared is None else 256)),
+        num_warps=max(1, chunk // (_PIECES_A_WARP if least_shared is None else 256)),
         **_piece_constants(walked) | ({"CLEAN": 49} if least_shared is None else {}),
     )
