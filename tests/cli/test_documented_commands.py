@@ -1,10 +1,11 @@
-"""Every `fastvideo` command that the documents show is one that the parser takes."""
+"""Every `fastvideo` command that the documents show is one that the parser takes; test_documented_runs.py runs them."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,8 +17,16 @@ from fastvideo.training.finetune import cli as finetune
 ROOT = Path(__file__).parents[2]
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """Return the documents' commands, without what starts them on several processes, variables filled in."""
+class Shown(NamedTuple):
+    """A command on a page: its words after `fastvideo`, and how many processes the page starts it on."""
+
+    page: str
+    words: list[str]
+    num_processes: int
+
+
+def commands() -> list[Shown]:
+    """Return the documents' commands, variables filled in."""
     found = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
@@ -29,14 +38,16 @@ def commands() -> list[tuple[str, list[str]]]:
             for line in text.splitlines():
                 command = re.search(r"(?:^|-m )fastvideo (.*)", line.strip())
                 if command is not None and "..." not in command[1]:
-                    found.append((path.name, shlex.split(command[1], comments=True)))
+                    processes = re.search(r"torchrun --nproc-per-node (\d+) ", line)
+                    words = shlex.split(command[1], comments=True)
+                    found.append(Shown(path.name, words, int(processes[1]) if processes else 1))
     return found
 
 
 @pytest.mark.parametrize(
-    ("page", "words"), [pytest.param(*pair, id=f"{pair[0]}: {' '.join(pair[1])[:60]}") for pair in commands()]
+    "words", [pytest.param(shown.words, id=f"{shown.page}: {' '.join(shown.words)[:60]}") for shown in commands()]
 )
-def test_the_parser_takes_it(page: str, words: list[str], monkeypatch) -> None:
+def test_the_parser_takes_it(words: list[str], monkeypatch) -> None:
     taken = []
     for module in (bench, explain, generate, plan, train, finetune):
         monkeypatch.setattr(module, "run", lambda args: taken.append(args) or 0)
@@ -54,6 +65,6 @@ def test_policies_in_the_documents_are_read() -> None:
 
 
 def test_the_documents_show_commands() -> None:
-    pages = {page for page, _ in commands()}
+    pages = {shown.page for shown in commands()}
     assert {"README.md", "generate.md", "train-with-vsa.md"} <= pages
-    assert any("bundled" in words and "--data" in words for _, words in commands())
+    assert any("bundled" in shown.words and "--data" in shown.words for shown in commands())
