@@ -63,6 +63,13 @@ def read_pipeline_folder(path: Path) -> PipelineFolder:
     Raises:
         FileNotFoundError: The folder or something in it is missing; the message lists everything.
         ValueError: Files are broken, or the index isn't one of a pipeline.
+
+    Example:
+        >>> try:
+        ...     read_pipeline_folder(Path("a/folder/that/is/gone"))
+        ... except FileNotFoundError as error:
+        ...     print(error)
+        a/folder/that/is/gone is no folder; give the folder of a diffusers pipeline, with model_index.json in it
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; give the folder of a diffusers pipeline, with {MODEL_INDEX} in it")

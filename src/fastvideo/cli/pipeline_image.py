@@ -45,7 +45,14 @@ def image_arguments(pipe: Any, image: Any, height: int | None, width: int | None
 
 
 def multiples(pipe: Any) -> tuple[int, int]:
-    """Return of what a Wan video's height and width are multiples, in pixels."""
+    """Return of what a Wan video's height and width are multiples, in pixels.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = SimpleNamespace(config=SimpleNamespace(patch_size=(1, 2, 2)))
+        >>> multiples(SimpleNamespace(transformer=model, vae_scale_factor_spatial=8))
+        (16, 16)
+    """
     model = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
     edge: int = pipe.vae_scale_factor_spatial
     return edge * model.config.patch_size[1], edge * model.config.patch_size[2]

@@ -36,6 +36,10 @@ class Place:
         path: Dotted name of the attention module in the model.
         role: One of `fastvideo.integrations.policy.ROLES`.
         layer: Number of the transformer block; `None` for attention outside them.
+
+    Example:
+        >>> Place("blocks.0.attn1", "self", 0)
+        Place(path='blocks.0.attn1', role='self', layer=0)
     """
 
     path: str

@@ -39,6 +39,11 @@ def register() -> tuple[str, ...]:
 
     Raises:
         ImportError: transformers isn't installed, or is older than its attention interface.
+
+    Example:
+        >>> from transformers import AttentionInterface
+        >>> set(register()) <= set(AttentionInterface().valid_keys())
+        True
     """
     try:
         from transformers import AttentionInterface

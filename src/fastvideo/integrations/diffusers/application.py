@@ -47,6 +47,11 @@ class ParallelPlan:
             `None` leaves it to the layer.
         exchange_dtype: `torch.float8_e4m3fn` sends in 8 bits, at inference; `None` sends tensors as they are.
         shards: Where a model's tokens are cut and joined, instead of what its family says.
+
+    Example:
+        >>> with sequence_parallel(None) as alone:  # yours: a mesh
+        ...     ParallelPlan(alone, layout="ring", exchange_dtype=torch.float8_e4m3fn).layout
+        'ring'
     """
 
     mesh: DeviceMesh | ProcessGroup | SequenceGroup
@@ -159,13 +164,35 @@ def remove(pipe_or_model: Any) -> None:
     Raises:
         TypeError: It is neither a model nor a pipeline.
         ValueError: It has no model of a known class.
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel
+        >>> model = WanTransformer3DModel(
+        ...     num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=8, ffn_dim=8, num_layers=1
+        ... )
+        >>> plans = apply(model, "TORCH_SDPA")
+        >>> remove(model)
+        >>> type(model.blocks[0].attn1.processor).__name__
+        'WanAttnProcessor'
     """
     for _, model in _models(pipe_or_model):
         _take_off(model)
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """Return what runs where and when in a model, or `None` where nothing was applied."""
+    """Return what runs where and when in a model, or `None` where nothing was applied.
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel
+        >>> model = WanTransformer3DModel(
+        ...     num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=8, ffn_dim=8, num_layers=1
+        ... )
+        >>> plans = apply(model, "TORCH_SDPA")
+        >>> print(plan_of(model))
+        role   layers  steps  backend
+        self   0       all    TORCH_SDPA
+        cross  0       all    TORCH_SDPA
+    """
     applied: Applied | None = getattr(model, _ATTRIBUTE, None)
     return None if applied is None else applied.plan
 

@@ -38,6 +38,13 @@ def register_dispatcher_names() -> tuple[str, ...]:
 
     Raises:
         ImportError: diffusers isn't installed, or its dispatcher is built otherwise than that of 0.42.
+
+    Example:
+        >>> from diffusers import attention_backend
+        >>> register_dispatcher_names()[0]
+        'fastvideo'
+        >>> with attention_backend("fastvideo"):  # yours: call a model
+        ...     pass
     """
     try:
         from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry

@@ -28,6 +28,12 @@ class Processor:
 
     Args:
         attend: Attention at this place.
+
+    Example:
+        >>> class OwnProcessor(Processor):
+        ...     def __call__(self, attn, hidden_states):
+        ...         query, key, value = (x.unflatten(2, (2, 8)) for x in attn.to_qkv(hidden_states).chunk(3, dim=-1))
+        ...         return self.attend(query, key, value)[0].flatten(2)
     """
 
     def __init__(self, attend: Any) -> None:
@@ -68,6 +74,11 @@ class Site:
         place: Its name, role and layer.
         processor: Our processor, built with an `Attend`.
         replaces: Class names of the processors of diffusers that it does the work of; any other is refused.
+
+    Example:
+        >>> from fastvideo.integrations.diffusers.wan import WanSelfProcessor
+        >>> Site(Place("blocks.3.attn1", "self", 3), WanSelfProcessor, replaces=("WanAttnProcessor",)).place.layer
+        3
     """
 
     place: Place
@@ -83,6 +94,9 @@ class Split:
         dim: What is cut.
         num_dims: Cut only tensors of so many dims; `None` cuts all.
         of_output: Cut what the module returns instead of what it is given.
+
+    Example:
+        >>> plan = {"rope": {0: Split(1, of_output=True)}, "blocks.0": {"hidden_states": Split(1)}, "proj_out": Gather(1)}
     """
 
     dim: int
@@ -92,7 +106,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Gather:
-    """Join the devices' parts of what a module returns along `dim`."""
+    """Join the devices' parts of what a module returns along `dim`.
+
+    Example:
+        >>> Gather(1)
+        Gather(dim=1)
+    """
 
     dim: int
 
@@ -109,6 +128,22 @@ class Family(ABC):
         model_classes: Names of the model classes; subclasses of theirs belong too.
         without_grid: Why the tokens that its blocks see are no video grid, so that sparse video attention can't run; empty
             where they are one.
+
+    Example:
+        >>> from fastvideo.integrations.diffusers.wan import WanSelfProcessor
+        >>> class SmallFamily(Family):
+        ...     name, model_classes = "Small", ("SmallModel",)
+        ...
+        ...     def sites(self, model):
+        ...         for number, path, _ in blocks_of(model, "layers"):
+        ...             yield Site(Place(path, "self", number), WanSelfProcessor, replaces=("WanAttnProcessor",))
+        ...
+        ...     def video_shape(self, model, inputs):
+        ...         return inputs["hidden_states"].shape[2:], (1, 2, 2)
+        >>> model = nn.Module()
+        >>> model.layers = nn.ModuleList([nn.Identity()])
+        >>> [site.place.path for site in SmallFamily().sites(model)]
+        ['layers.0']
     """
 
     name: ClassVar[str]
