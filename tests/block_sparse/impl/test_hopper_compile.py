@@ -63,7 +63,7 @@ def compiled(name: str, head_size: int, folder: Path, dtype: str = "bf16", **con
     is_gated, name = name.startswith("gated"), name.removeprefix("gated ")
     kernel = getattr(forward_kernel if name == "fwd" else backward_kernels, f"block_sparse_{name}_kernel")
     table = {"fwd": launch.FWD, "bwd_dq": launch.DQ, "bwd_dkdv": launch.DKDV}[name][head_size]
-    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": launch._LOOKS, "GROUP": 1, **table}
+    defaults = {"D": head_size, "BOX_TOKENS": 64, "IN_STEP": launch._LOOKS, "WAVES": launch._WAVES, "GROUP": 1, **table}
     if name != "bwd_dkdv":
         del defaults["GROUP"]
     if not is_gated:

@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from fastvideo.block_sparse.impl.hopper.forward_kernel import count_pairs, locate_pair, seen, wait_for_all
+from fastvideo.block_sparse.impl.hopper.forward_kernel import count_pairs, keep_in_step, locate_pair, seen
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
 
 
@@ -44,7 +44,16 @@ def _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS: gl
 
 
 @gluon.jit
-def _dq_producer(source, walks, places, WG: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, IN_STEP: gl.constexpr):
+def _dq_producer(
+    source,
+    walks,
+    places,
+    WG: gl.constexpr,
+    STAGES: gl.constexpr,
+    D: gl.constexpr,
+    IN_STEP: gl.constexpr,
+    WAVES: gl.constexpr,
+):
     key_boxes, value_boxes, key_granules, value_granules, k_s, v_s, full, empty = source
     rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP = walks
     s_row_b, s_row_h, s_column_h = places
@@ -52,8 +61,7 @@ def _dq_producer(source, walks, places, WG: gl.constexpr, STAGES: gl.constexpr, 
     num_done = 0
     for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         if IN_STEP:
-            i_wave = i_pair // gl.num_programs(0)
-            wait_for_all(arrivals, i_wave, gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2, IN_STEP)
+            keep_in_step(arrivals, i_pair, num_pairs, IN_STEP, WAVES)
         i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
         i_block = i_first + WG
         if i_block < end:
@@ -228,6 +236,7 @@ def block_sparse_bwd_dq_kernel(
     STAGES: gl.constexpr,
     BOX_TOKENS: gl.constexpr,
     IN_STEP: gl.constexpr,
+    WAVES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -255,8 +264,8 @@ def block_sparse_bwd_dq_kernel(
         [
             (_dq_consumer, (buffers, work, tensors, strides, 0, STAGES, D, BOX_TOKENS)),
             (_dq_consumer, (buffers, work, tensors, strides, 1, STAGES, D, BOX_TOKENS)),
-            (_dq_producer, (source, walks, places, 0, STAGES, D, IN_STEP)),
-            (_dq_producer, (source, walks, places, 1, STAGES, D, IN_STEP)),
+            (_dq_producer, (source, walks, places, 0, STAGES, D, IN_STEP, WAVES)),
+            (_dq_producer, (source, walks, places, 1, STAGES, D, IN_STEP, WAVES)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -55,13 +55,16 @@ def locate_pair(i_pair, num_heads, num_joint, num_blocks):
 
 
 @gluon.jit
-def wait_for_all(arrivals, i_wave, num_awaited, LOOKS: gl.constexpr):
-    """Hold until `num_awaited` producers have come to this wave, or for so many looks."""
-    num_seen = gl.atomic_add(arrivals + i_wave, 1) + 1
-    num_looks = 0
-    while (num_seen < num_awaited) & (num_looks < LOOKS):
-        num_seen = gl.atomic_add(arrivals + i_wave, 0)
-        num_looks += 1
+def keep_in_step(arrivals, i_pair, num_pairs, LOOKS: gl.constexpr, WAVES: gl.constexpr):
+    """Every so many waves of pairs, hold until both producers of all programs have come here, or for so many looks."""
+    i_wave = i_pair // gl.num_programs(0)
+    if i_wave % WAVES == 0:
+        num_awaited = gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2
+        num_seen = gl.atomic_add(arrivals + i_wave, 1) + 1
+        num_looks = 0
+        while (num_seen < num_awaited) & (num_looks < LOOKS):
+            num_seen = gl.atomic_add(arrivals + i_wave, 0)
+            num_looks += 1
 
 
 @gluon.jit
@@ -87,6 +90,7 @@ def _producer(
     STAGES: gl.constexpr,
     D: gl.constexpr,
     IN_STEP: gl.constexpr,
+    WAVES: gl.constexpr,
 ):
     boxes, granules, ring, full, empty = source
     rows, meta, counts, arrivals, num_heads, s_plan, s_rows, first_head, HEADS, GROUP = walks
@@ -95,8 +99,7 @@ def _producer(
     num_done = 0
     for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         if IN_STEP:
-            i_wave = i_pair // gl.num_programs(0)
-            wait_for_all(arrivals, i_wave, gl.minimum(gl.num_programs(0), num_pairs - i_wave * gl.num_programs(0)) * 2, IN_STEP)
+            keep_in_step(arrivals, i_pair, num_pairs, IN_STEP, WAVES)
         i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
         i_block = i_first + WG
         if i_block < end:
@@ -348,6 +351,7 @@ def block_sparse_fwd_kernel(
     V_STAGES: gl.constexpr,
     BOX_TOKENS: gl.constexpr,
     IN_STEP: gl.constexpr,
+    WAVES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -385,10 +389,10 @@ def block_sparse_fwd_kernel(
         [
             (_consumer, (buffers, work, tensors, gated, 0, K_STAGES, V_STAGES, D, BOX_TOKENS)),
             (_consumer, (buffers, work, tensors, gated, 1, K_STAGES, V_STAGES, D, BOX_TOKENS)),
-            (_producer, (keys, walks, places, 0, K_STAGES, D, IN_STEP)),
-            (_producer, (keys, walks, places, 1, K_STAGES, D, IN_STEP)),
-            (_producer, (values, walks, places, 0, V_STAGES, D, 0)),
-            (_producer, (values, walks, places, 1, V_STAGES, D, 0)),
+            (_producer, (keys, walks, places, 0, K_STAGES, D, IN_STEP, WAVES)),
+            (_producer, (keys, walks, places, 1, K_STAGES, D, IN_STEP, WAVES)),
+            (_producer, (values, walks, places, 0, V_STAGES, D, 0, 1)),
+            (_producer, (values, walks, places, 1, V_STAGES, D, 0, 1)),
         ],
         [4, 1, 1, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -29,6 +29,8 @@ _IN_STEP_BYTES = 32 << 20
 # How often a program in step looks for the others before it goes on; a look takes a good half microsecond, and each wave pays
 # for all of them where another kernel holds multiprocessors.
 _LOOKS = 300
+# Of so many waves programs in step wait for each other once: walks differ by a few per cent, and each wait is for the longest.
+_WAVES = 1
 
 Constants = dict[str, int]
 # Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
@@ -178,9 +180,9 @@ def _arrivals(programs: int, pairs: int, key: Tensor, pattern: BlockPattern, pac
     in_step = _LOOKS if head_bytes > _IN_STEP_BYTES and pattern.counts is None else 0
     if not in_step:
         # Nobody counts; any integers stand in.
-        return {"arrivals": packed.counts, "IN_STEP": 0}
+        return {"arrivals": packed.counts, "IN_STEP": 0, "WAVES": 1}
     waves = -(-pairs // programs)
-    return {"arrivals": torch.zeros(waves, dtype=torch.int32, device=key.device), "IN_STEP": in_step}
+    return {"arrivals": torch.zeros(waves, dtype=torch.int32, device=key.device), "IN_STEP": in_step, "WAVES": _WAVES}
 
 
 def _kernel_scale(scale: float) -> float:
