@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fastvideo.video import TileGrid
+
 from .hopper_compiler import compile_triton
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -31,13 +33,15 @@ def test_numbers_in_the_interpreter(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("columns", [64, 2048, 16_384])
+@pytest.mark.parametrize("columns", [64, 624, 1440, 2048, 5000, 16_384])
 def test_top_k_compiles_for_hopper(columns: int, tmp_path: Path) -> None:
     from fastvideo.block_sparse import selection_kernels
 
-    types = {"scores": "*fp32", "indices": "*i32"}
-    num_warps = selection_kernels.top_k_warps(columns)
-    result = compile_triton(selection_kernels.top_k_kernel, {"COLUMNS": columns}, types, tmp_path, num_warps=num_warps)
+    types = {"scores": "*fp32", "indices": "*i32", "quantile": "fp32", "density": "fp32"}
+    options = selection_kernels.top_k_options(columns)
+    num_warps = options.pop("num_warps")
+    kernel = selection_kernels.top_k_kernel
+    result = compile_triton(kernel, options, types, tmp_path, strides="s_", num_warps=num_warps)
     assert result.spilled <= SPILL_BUDGET
     assert not result.warnings
 
@@ -47,10 +51,12 @@ def test_top_k_compiles_for_hopper(columns: int, tmp_path: Path) -> None:
 def test_scores_compile_for_hopper(head_size: int, tmp_path: Path) -> None:
     from fastvideo.block_sparse import selection_kernels
 
-    constants = {"HEAD_SIZE": head_size, "BLOCK": 64, "BLOCK_D": 64, "PRECISION": "tf32x3"}
+    constants = {"HEAD_SIZE": head_size, "PRECISION": "tf32x3"}
+    constants |= {name: getattr(selection_kernels, f"_{name}") for name in ("BLOCK", "BLOCK_KEYS", "BLOCK_D")}
+    options = {"num_warps": selection_kernels._WARPS, "num_stages": selection_kernels._STAGES}
     types = {"scale": "fp32", **dict.fromkeys(("query", "key", "scores"), "*fp32")}
     kernel = selection_kernels.coarse_scores_kernel
-    result = compile_triton(kernel, constants, types, tmp_path, strides="s_", num_warps=4, num_stages=2)
+    result = compile_triton(kernel, constants, types, tmp_path, strides="s_", **options)
     assert result.spilled <= SPILL_BUDGET
     assert not result.warnings
 
@@ -74,6 +80,8 @@ COMPILED = {
 @needs_triton
 @pytest.mark.parametrize("place", TILE_KERNELS)
 def test_tile_kernels_compile_for_hopper(place: str, tmp_path: Path) -> None:
+    from fastvideo.video.pooling_kernels import pool_arguments
+
     module_name, _, name = f"fastvideo.{place.split()[0]}".rpartition(".")
     module = importlib.import_module(module_name)
     constants = {"HEAD_SIZE": 128, "TILE": 64, "ROWS": module._ROWS, "COLUMNS": module._COLUMNS, "D": 128}
@@ -84,11 +92,15 @@ def test_tile_kernels_compile_for_hopper(place: str, tmp_path: Path) -> None:
     types |= dict.fromkeys(("x", "fine", "gate", "out", "dout", "dgate", "coarse", "dcoarse"), "*bf16")
     types["dlse"] = "*fp32"
     types |= {f"{part}{x}": "*bf16" for part in ("", "low_", "d", "dlow_") for x in tensors}
-    kernel = getattr(module, name)
-    result = compile_triton(kernel, constants, types, tmp_path, strides="s_", num_warps=4, num_stages=2)
+    kernel, num_warps = getattr(module, name), 4
+    if "TILE_T" in kernel.arg_names:
+        _, constants = pool_arguments(TileGrid((21, 45, 80), (4, 4, 4)), 120, 2)
+        num_warps = constants.pop("num_warps")
+        constants = {"HEAD_SIZE": 128} | {x: constants[x] for x in constants if x not in ("T", "Y", "X", "RUN")}
+    result = compile_triton(kernel, constants, types, tmp_path, strides="s_", num_warps=num_warps, num_stages=2)
     assert result.spilled <= SPILL_BUDGET
     assert not result.warnings
     # Tokens are read and written 16 bytes at a time: narrower loads cost these kernels, which do little else, a multiple of
     # their time. What exists once a tile, one row for a program, is narrow.
-    assert re.search(r"(st|ld)\.global\S*\.v4\.b32", result.ptx)
+    assert re.search(r"(st|ld)\.global\S*\.v4\.b32|cp\.async\.cg\S* \[.*\], \[.*\], 0x10, ", result.ptx)
     assert len(re.findall(r"(?:ld|st)\.global\S*\.[bu]16", result.ptx)) <= TILE_KERNELS[place]

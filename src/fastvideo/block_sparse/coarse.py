@@ -93,7 +93,7 @@ def make_means(
         made = _empty_means(query, key, value, geometry.video_tiles.num_tiles)
         wanted = made if value is not None else (*made[:2], None, None, None)
         with device_of(query):
-            launch_means(query, key, value, wanted, geometry.video_tiles, scale)
+            launch_means(query, key, value, wanted, geometry.grid, scale)
         return made
     count, sizes = geometry.grid.num_tokens, geometry.video_tiles.sizes
     tensors = (query, key) if value is None else (query, key, value)

@@ -9,56 +9,19 @@ Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a b
 # (the types of kernel arguments are Triton's, not Python's)
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvideo.block_sparse.pattern import TileLayout
-from fastvideo.video.pooling_kernels import sum_of_tile
+from fastvideo.video import TileGrid
+from fastvideo.video.pooling_kernels import num_column_blocks, pool_arguments, pool_run
 
-# A whole tile of 64 tokens at a time to sum up, so that all its loads are on their way at once.
-_ROWS, _ROWS_BACK, _COLUMNS = 64, 16, 128
-
-
-@triton.jit
-def _store_mean(
-    x,
-    mean,
-    low,
-    order,
-    offsets,
-    s_b,
-    s_s,
-    s_h,
-    factor,
-    i_block,
-    HEADS,
-    NUM_TILES,
-    HEAD_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The mean of one tile in some columns, where `mean` is given, and times `factor` in the dtype of `low`, where that is."""
-    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
-    # The product with a constant tells the compiler that the mask is the same for neighbours: loads are 16 bytes wide.
-    num_columns = HEADS * HEAD_SIZE
-    m_column = o_column < num_columns
-    i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
-    p_x = x + i_b * s_b + (o_column // HEAD_SIZE).to(tl.int64) * s_h + o_column % HEAD_SIZE
-    b_sum = sum_of_tile(p_x, s_s, order, i_start, i_end, m_column, TILE, ROWS, COLUMNS)
-    b_mean = tl.div_rn(b_sum, tl.zeros([COLUMNS], tl.float32) + (i_end - i_start).to(tl.float32))
-    o_to = (i_b * NUM_TILES + i_tile) * num_columns + o_column
-    if mean is not None:
-        tl.store(mean + o_to, b_mean, mask=m_column)
-    if low is not None:
-        tl.store(low + o_to, (b_mean * factor).to(low.dtype.element_ty), mask=m_column)
+_ROWS, _COLUMNS = 16, 128
 
 
-@triton.jit(do_not_specialize=["NUM_TILES", "HEADS", "KV_HEADS"])
+@triton.jit(do_not_specialize=["T", "Y", "X", "RUN", "HEADS", "KV_HEADS"])
 def tile_means_kernel(
     query,
     key,
@@ -68,8 +31,6 @@ def tile_means_kernel(
     low_query,
     low_key,
     low_value,
-    order,
-    offsets,
     s_qb,
     s_qs,
     s_qh,
@@ -80,32 +41,41 @@ def tile_means_kernel(
     s_vs,
     s_vh,
     scale,
-    NUM_TILES,
+    T,
+    Y,
+    X,
+    RUN,
     HEADS,
     KV_HEADS,
     HEAD_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """`[B, NUM_TILES, HEADS, D]` of `[B, S, H, D]`, some of the columns of one tile of one tensor a program."""
-    i_block = tl.program_id(1)
+    """`[B, N, HEADS, D]` of `[B, S, HEADS, D]`, some of the columns of a run of tiles of one tensor a program."""
     num_query, num_key = tl.cdiv(HEADS * HEAD_SIZE, COLUMNS), tl.cdiv(KV_HEADS * HEAD_SIZE, COLUMNS)
-    if i_block < num_query:
-        _store_mean(
-            query, mean_query, low_query, order, offsets, s_qb, s_qs, s_qh, scale,
-            i_block, HEADS, NUM_TILES, HEAD_SIZE, TILE, ROWS, COLUMNS,
-        )  # fmt: skip
-    elif i_block < num_query + num_key:
-        _store_mean(
-            key, mean_key, low_key, order, offsets, s_kb, s_ks, s_kh, 1.0,
-            i_block - num_query, KV_HEADS, NUM_TILES, HEAD_SIZE, TILE, ROWS, COLUMNS,
-        )  # fmt: skip
-    elif value is not None:
-        _store_mean(
-            value, None, low_value, order, offsets, s_vb, s_vs, s_vh, 1.0,
-            i_block - num_query - num_key, KV_HEADS, NUM_TILES, HEAD_SIZE, TILE, ROWS, COLUMNS,
-        )  # fmt: skip
+    num_blocks = num_query + (num_key if value is None else 2 * num_key)
+    i_run, i_block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    is_key, has_mean = i_block >= num_query, i_block < num_query + num_key
+    # One loop for all three, whose buffers in shared memory would otherwise lie side by side.
+    x, mean, low = query, mean_query, low_query
+    if is_key:
+        x, mean, low = key, mean_key, low_key
+    s_b, s_s, s_h = tl.where(is_key, s_kb, s_qb), tl.where(is_key, s_ks, s_qs), tl.where(is_key, s_kh, s_qh)
+    if value is not None:
+        is_value = i_block >= num_query + num_key
+        if is_value:
+            x, low = value, low_value
+        s_b, s_s, s_h = tl.where(is_value, s_vb, s_b), tl.where(is_value, s_vs, s_s), tl.where(is_value, s_vh, s_h)
+        i_block -= tl.where(is_value, num_key, 0)
+    i_block -= tl.where(is_key, num_query, 0)
+    pool_run(
+        x, None, mean, low, has_mean, tl.where(is_key, 1.0, scale), s_b, s_s, s_h, i_run, i_block, T, Y, X, RUN,
+        tl.where(is_key, KV_HEADS, HEADS), HEAD_SIZE, TILE_T, TILE_Y, TILE_X, ROWS, COLUMNS, STAGES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -182,38 +152,49 @@ def tile_means_bwd_kernel(
         )  # fmt: skip
 
 
-def _launch(kernel: Any, query: Tensor, key: Tensor, num_tensors: int, layout: TileLayout, rows: int, *arguments: Any) -> None:
-    batch, _, num_heads, head_size = query.shape
-    kv_heads = key.shape[2]
-    query_blocks, key_blocks = -(-num_heads * head_size // _COLUMNS), -(-kv_heads * head_size // _COLUMNS)
-    kernel[(layout.num_tiles, query_blocks + (num_tensors - 1) * key_blocks, batch)](
-        *arguments,
-        layout.num_tiles,
-        num_heads,
-        kv_heads,
-        HEAD_SIZE=head_size,
-        TILE=layout.max_size,
-        ROWS=min(rows, 1 << (layout.max_size - 1).bit_length()),
-        COLUMNS=_COLUMNS,
-        num_warps=4,
-    )
-
-
 def launch_means(
-    query: Tensor, key: Tensor, value: Tensor | None, means: Sequence[Tensor | None], layout: TileLayout, scale: float
+    query: Tensor, key: Tensor, value: Tensor | None, means: Sequence[Tensor | None], grid: TileGrid, scale: float
 ) -> None:
     """Fill `means`: of query and key in fp32, then `query * scale`, key and value in their dtype, or None each without value.
 
-    Inputs have a contiguous last dimension and at least the rows of `layout`; `means` are `[B, N, H, D]`, contiguous.
+    Inputs have a contiguous last dimension and begin with the tokens of `grid`; `means` are `[B, N, H, D]`, contiguous.
     """
-    strides = (*query.stride()[:3], *key.stride()[:3], *(key if value is None else value).stride()[:3])
-    num_tensors = 2 if value is None else 3
-    tensors = (query, key, value, *means, layout.order, layout.offsets)
-    _launch(tile_means_kernel, query, key, num_tensors, layout, _ROWS, *tensors, *strides, float(scale))
+    num_blocks = num_column_blocks(query) + (1 if value is None else 2) * num_column_blocks(key)
+    num_runs, arguments = pool_arguments(grid, num_blocks * query.shape[0], query.itemsize)
+    tile_means_kernel[(num_runs * num_blocks, query.shape[0])](
+        query,
+        key,
+        value,
+        *means,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *(key if value is None else value).stride()[:3],
+        float(scale),
+        HEADS=query.shape[2],
+        KV_HEADS=key.shape[2],
+        HEAD_SIZE=query.shape[3],
+        **arguments,
+    )
 
 
 def launch_means_backward(dlow: Sequence[Tensor], grads: Sequence[Tensor], layout: TileLayout, scale: float) -> None:
     """Fill the rows of `layout` in `grads`, contiguous `[B, S + R, H, D]`, from contiguous `dlow`, `[B, N, H, D]` each."""
-    strides = (grads[0].stride(0), grads[1].stride(0))
-    tensors = (*dlow, *grads, layout.order, layout.offsets)
-    _launch(tile_means_bwd_kernel, grads[0], grads[1], 3, layout, _ROWS_BACK, *tensors, *strides, float(scale))
+    query, key = grads[:2]
+    query_blocks, key_blocks = (-(-x.shape[2] * x.shape[3] // _COLUMNS) for x in (query, key))
+    tile_means_bwd_kernel[(layout.num_tiles, query_blocks + 2 * key_blocks, query.shape[0])](
+        *dlow,
+        *grads,
+        layout.order,
+        layout.offsets,
+        query.stride(0),
+        key.stride(0),
+        float(scale),
+        NUM_TILES=layout.num_tiles,
+        HEADS=query.shape[2],
+        KV_HEADS=key.shape[2],
+        HEAD_SIZE=query.shape[3],
+        TILE=layout.max_size,
+        ROWS=min(_ROWS, 1 << (layout.max_size - 1).bit_length()),
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+    )

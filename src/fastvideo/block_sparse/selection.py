@@ -108,7 +108,9 @@ def choose_tiles(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Ten
     row_bytes = num_tiles * (query.itemsize if in_kernels else 3 * query.itemsize + 8)
     query = query if in_kernels or scale == 1.0 else query * scale
     num_rows = max(1, _SCRATCH_BYTES // row_bytes)
-    step_lists, step_rows = max(1, num_rows // num_tiles), min(num_rows, num_tiles)
+    # Steps of even size: all lists, or whole lists, or rows of one list.
+    num_steps = -(-batch * num_heads // max(1, num_rows // num_tiles))
+    step_lists, step_rows = -(-batch * num_heads // num_steps), min(num_rows, num_tiles)
     for first in range(0, batch * num_heads, step_lists):
         lists = range(first, min(first + step_lists, batch * num_heads))
         for row in range(0, num_tiles, step_rows):
@@ -170,14 +172,11 @@ def _scores(query: Tensor, key: Tensor, entry: int, rows: slice) -> Tensor:
 
 
 def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, row: int, scale: float) -> None:
-    from fastvideo.block_sparse.selection_kernels import launch_scores, launch_top_k
+    from fastvideo.block_sparse.selection_kernels import launch_scores, launch_top_k, row_stride
 
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     num_tiles = query.shape[1]
-    scores = query.new_empty(*part.shape[:2], num_tiles)
-    kept = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+    scores = query.new_empty(*part.shape[:2], row_stride(num_tiles))
     with device_of(query):
         launch_scores(query, key, scores, lists.start, row, scale)
-        launch_top_k(scores.view(-1, num_tiles), kept.view(-1, kept.shape[-1]))
-    if kept is not part:
-        part.copy_(kept)
+        launch_top_k(scores.view(-1, scores.shape[-1]), part.view(-1, part.shape[-1]), num_tiles)

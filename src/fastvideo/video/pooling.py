@@ -66,9 +66,9 @@ def _tile_sum_op(x: Tensor, grid_tyx: Sequence[int], tile_tyx: Sequence[int]) ->
         from fastvideo.video.pooling_kernels import launch_tile_sum
 
         x = x if x.stride(-1) == 1 else x.contiguous()
-        sums, tensors = x.new_empty(batch, grid.num_tiles, num_heads, head_size, dtype=dtype), grid.tensors(x.device)
+        sums = x.new_empty(batch, grid.num_tiles, num_heads, head_size, dtype=dtype)
         with device_of(x):
-            launch_tile_sum(x, tensors.order, tensors.offsets, grid.max_size, sums)
+            launch_tile_sum(x, grid, sums)
         return sums
     frames = x.reshape(batch, *grid.grid_tyx, num_heads, head_size)
     # On a CPU, torch would first convert all of a 16-bit input, so that one gets a few frames at a time.
