@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import diffusers
 import pytest
 import torch
@@ -13,9 +15,11 @@ from diffusers.models.attention_dispatch import (
 )
 
 from fastvideo.attention import BackendUnavailable
+from fastvideo.attention.backends.torch_sdpa import TorchSDPAImpl
+from fastvideo.integrations import override_sdpa
 from fastvideo.integrations.diffusers import dispatcher_names, register_dispatcher_names
 
-from .tiny_models import call, make
+from .tiny_models import NAMED, call, call_with_gradients, make
 
 diffusers.utils.logging.set_verbosity_error()
 
@@ -40,7 +44,7 @@ def test_names_are_members_like_any_other() -> None:
     assert len({*AttentionBackendName}) == len(list(AttentionBackendName))
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan", "ltx", "flux"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "hunyuan 1.5", "ltx", "flux", "wan vace"])
 def test_models_run_by_name(name: str) -> None:
     model, inputs = make(name)
     expected = call(model, inputs)
@@ -50,6 +54,15 @@ def test_models_run_by_name(name: str) -> None:
     with pytest.raises(BackendUnavailable, match="FLASH_ATTN"):
         call(model, inputs)
     model.reset_attention_backend()
+
+
+def test_a_model_whose_processors_take_no_name_follows_the_active_one() -> None:
+    model, inputs = make("cosmos")
+    expected = call(model, inputs)
+    with attention_backend("fastvideo_torch_sdpa"):
+        assert torch.allclose(call(model, inputs), expected, atol=1e-5)
+    with attention_backend("fastvideo_flash_attn"), pytest.raises(BackendUnavailable, match="FLASH_ATTN"):
+        call(model, inputs)
 
 
 def test_arguments_keep_their_meaning() -> None:
@@ -64,3 +77,23 @@ def test_arguments_keep_their_meaning() -> None:
         )
     with pytest.raises(NotImplementedError, match="parallel=mesh"):
         dispatch_attention_fn(q, q, q, backend="fastvideo", parallel_config=object())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_whole_models_run_under_an_override_of_torchs_function(name: str, monkeypatch) -> None:
+    """Also those that don't use the dispatcher (CogVideoX, Mochi), forward and backward."""
+    model, inputs = make(name)
+    expected = call_with_gradients(model, inputs)
+    runs, forward = [], TorchSDPAImpl.forward
+
+    @functools.wraps(forward)  # its keywords say what it accepts
+    def spy(self, *args, **kwargs):
+        runs.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TorchSDPAImpl, "forward", spy)
+    with override_sdpa():
+        found = call_with_gradients(model, inputs)
+    assert len(runs) >= sum(hasattr(module, "processor") for module in model.modules())
+    for key, tensor in found.items():
+        assert torch.allclose(tensor, expected[key], atol=1e-5 * float(expected[key].abs().max()), rtol=1e-4), key
