@@ -124,10 +124,13 @@ def test_a_local_pipeline_generates(tmp_path: Path, monkeypatch, capsys) -> None
     assert re.search(r"self +0-1 +10- +VIDEO_SPARSE_ATTN \(sparsity=0.8\)", capsys.readouterr().out)
 
 
-def test_the_bundled_model_is_fine_tuned_on_one_process_and_on_two(tmp_path: Path, monkeypatch) -> None:
+def test_the_bundled_model_is_fine_tuned_on_one_process_and_on_two(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    for part in ("train shards", "--out runs/one", "--out runs/two"):
+    for part in ("train shards", "--out runs/one"):
         run("train-with-vsa.md", part)
+    assert "2/2" in capsys.readouterr().err  # the progress bar
+    assert Path("runs/one/loss.png").read_bytes().startswith(b"\x89PNG")
+    run("train-with-vsa.md", "--out runs/two")
     found = losses(Path("runs/one"))
     assert len(found) == 2
     assert losses(Path("runs/two")) == pytest.approx(found, rel=1e-4)

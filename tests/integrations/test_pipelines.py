@@ -96,6 +96,20 @@ def test_a_rule_beyond_a_runs_steps_is_named() -> None:
         run(pipe)
 
 
+def test_frames_with_steps_of_their_own_have_none_in_common(phases: list[int]) -> None:
+    """Their pipelines step copies of the scheduler and leave the scheduler at its beginning."""
+    pipe = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
+    pipe.register_modules(transformer=make("skyreels forcing")[0], transformer_2=None)
+    apply(pipe, SPARSE_LATER)
+    pipe.scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="nobody says which step"):
+        call(pipe.transformer, CASES["skyreels forcing"].inputs())
+    with denoising_step(2):
+        call(pipe.transformer, CASES["skyreels forcing"].inputs())
+    call(pipe.transformer, CASES["skyreels"].inputs())
+    assert phases == [1, 0]
+
+
 def test_pipelines_that_share_a_model_take_turns(phases: list[int]) -> None:
     """Each counts its own steps; while one is in the middle of its run, the other is refused instead of given its step."""
     pipe, other = (wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler()) for _ in range(2))

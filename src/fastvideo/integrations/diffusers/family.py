@@ -184,6 +184,10 @@ class Family(ABC):
         """Return how many text tokens are joined to the video's."""
         return 0
 
+    def follows_scheduler(self, inputs: Mapping[str, Any]) -> bool:  # noqa: ARG002  # families look at it or not
+        """Return whether a call's step is the one that its pipeline's scheduler is at."""
+        return True
+
     def shard_plan(self, model: nn.Module) -> ShardPlan:
         """Return where the model's tokens are cut and joined when several devices share them.
 

@@ -27,7 +27,7 @@ from fastvideo.forward_context import checkpoint_context_fn, restored, thread_st
 from fastvideo.integrations.diffusers.family import Family, Processor, Split
 from fastvideo.integrations.diffusers.shards import split_inputs
 from fastvideo.integrations.diffusers.state import ForwardState, current_state, enter_state, leave_state, with_state
-from fastvideo.integrations.diffusers.steps import StepCounter, told_grid
+from fastvideo.integrations.diffusers.steps import StepCounter, told_grid, told_step
 from fastvideo.integrations.plan import Plan, build_metadata
 
 __all__ = ["CarryingCheckpoint", "ModelHook"]
@@ -120,7 +120,7 @@ class ModelHook:
         if not self.plan.boundaries and torch.compiler.is_compiling():
             return 0  # reading it would compile a graph per step, and no rule asks
         if self.plan.boundaries:
-            step = self.steps.current(inputs)
+            step = self.steps.current(inputs) if self.family.follows_scheduler(inputs) else told_step()
             if step is None:
                 raise ValueError(
                     "the policy has rules on steps, and nobody says which step this call belongs to: apply it to the whole "

@@ -17,7 +17,7 @@ import torch
 
 from fastvideo.video.tiles import as_tyx
 
-__all__ = ["StepCounter", "denoising_step", "told_grid"]
+__all__ = ["StepCounter", "denoising_step", "told_grid", "told_step"]
 
 
 class _Told(threading.local):
@@ -60,8 +60,25 @@ def denoising_step(step: int, *, grid_tyx: Sequence[int] | None = None) -> Itera
         _told.step, _told.grid_tyx = before
 
 
+def told_step() -> int | None:
+    """Return the step that the innermost `denoising_step` was given.
+
+    Example:
+        >>> with denoising_step(3):
+        ...     told_step()
+        3
+    """
+    return _told.step
+
+
 def told_grid() -> tuple[int, int, int] | None:
-    """Return the grid that the innermost `denoising_step` was given."""
+    """Return the grid that the innermost `denoising_step` was given.
+
+    Example:
+        >>> with denoising_step(3, grid_tyx=(2, 4, 4)):
+        ...     told_grid()
+        (2, 4, 4)
+    """
     return _told.grid_tyx
 
 

@@ -160,6 +160,11 @@ class SkyReelsFamily(WanFamily):
     name = "SkyReels V2"
     model_classes = ("SkyReelsV2Transformer3DModel",)
 
+    def follows_scheduler(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether all frames are at one step; where they aren't, each has a scheduler of its own."""
+        timestep = inputs["timestep"]
+        return not isinstance(timestep, torch.Tensor) or timestep.dim() < 2
+
     def shard_plan(self, model: nn.Module) -> ShardPlan:  # noqa: ARG002  # families look at it or not
         """Cut what is as long as the video ahead of the blocks; join before the last modulation, which is made whole."""
         return {
