@@ -311,6 +311,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Implementation.backward`."""
     dout, query, key, value = (_rows_contiguous(x) for x in (dout, query, key, value))
+    # Once, not for each launch's heads: rows of a video with text behind it lie apart in a batch.
+    out, lse = out.contiguous(), lse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     with torch.cuda.device(query.device):
         queries, keys = _pack_layouts(pattern)
@@ -340,7 +342,6 @@ def _pack_queries(
     if rows is None:
         first, second = call.query.new_empty(2, heads * packed.max_rows, head_size).unbind()
         rows = Rows(first, second, 0, packed.max_rows, 0)
-    out, lse = out.contiguous(), lse.contiguous()
     pack_queries_kernel[(heads * packed.max_blocks,)](
         call.query,
         call.dout,
