@@ -135,7 +135,8 @@ def check_walks(
 def test_walks_meet_what_the_pattern_lists(
     shape: str, ordered: bool, chunk: int, by_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_CHUNK", chunk)
+    monkeypatch.setattr(plan, "_MARK_CHUNK", chunk)
+    monkeypatch.setattr(plan, "_CHUNK", min(chunk, 256))
     pattern = make_pattern(shape, ordered=ordered)
     batch, heads = SHAPES[shape][2:]
     layouts = [packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles)]
@@ -200,9 +201,9 @@ def test_partners_share_what_both_list(kind: str, overlap: float, monkeypatch: p
     """Blocks read each of their rows once, through two rings whose stages both partners let go of, whoever is late."""
     pattern = overlapping_pattern(kind, overlap)
     own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
-    for chunk, least in ((2048, 1 / 8), (16, 0.0)):
+    for chunk, least in ((256, 1 / 8), (16, 0.0)):
+        monkeypatch.setattr(plan, "_MARK_CHUNK", chunk)
         monkeypatch.setattr(plan, "_CHUNK", chunk)
-        monkeypatch.setattr(plan, "_LIST_CHUNK", chunk)
         monkeypatch.setattr(plan, "_LEAST_SHARED", least)
         walks = plan.plan_queries(pattern, own, walked, 0, 2, 2)
         check_walks(walks, pattern, own, walked)

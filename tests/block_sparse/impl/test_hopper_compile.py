@@ -172,8 +172,8 @@ def test_half_precision_compiles(tmp_path: Path) -> None:
 
 
 PIECES = {"PIECES": 1, "PIECE_ROWS": 64}
-MARKED = {**PIECES, "CLEAN": 64, "IS_JOINT": False, "CHUNK": 2048, "IS_ONE_CHUNK": True}
 LISTED = {**PIECES, "CLEAN": 64, "IS_EVEN": False, "DEPTH": 8, "CHUNK": 256, "IS_ONE_CHUNK": True}
+MARKED = {**PIECES, "CLEAN": 64, "IS_JOINT": False, "MARK_CHUNK": 2048, "IS_ONE_CHUNK": True, "CHUNK": 256}
 # Kernels that make rows and plans: their module, constants and warps.
 FEEDING = {
     "place_pieces_kernel": ("packing", {**PIECES, "CHUNK": 1024}, 4),
@@ -183,10 +183,10 @@ FEEDING = {
     "mark_kernel": ("plan_kernels", {"PIECE_ROWS": 64, "BLOCK": 128}, 2),
     "plan_lists_kernel": ("plan_kernels", LISTED, 4),
     "plan_lists_kernel of even tiles": ("plan_kernels", {**LISTED, "IS_EVEN": True}, 4),
-    "plan_lists_kernel in chunks": ("plan_kernels", {**LISTED, "CHUNK": 1024, "IS_ONE_CHUNK": False}, 16),
-    "plan_marks_kernel": ("plan_kernels", MARKED, 16),
-    "plan_marks_kernel of several tiles": ("plan_kernels", {**MARKED, "IS_JOINT": True}, 8),
-    "plan_marks_kernel in chunks": ("plan_kernels", {**MARKED, "IS_JOINT": True, "IS_ONE_CHUNK": False}, 8),
+    "plan_lists_kernel in chunks": ("plan_kernels", {**LISTED, "IS_ONE_CHUNK": False}, 4),
+    "plan_marks_kernel": ("plan_kernels", MARKED, 4),
+    "plan_marks_kernel of several tiles": ("plan_kernels", {**MARKED, "IS_JOINT": True}, 4),
+    "plan_marks_kernel in chunks": ("plan_kernels", {**MARKED, "IS_JOINT": True, "IS_ONE_CHUNK": False}, 4),
     "rank_places_kernel": ("queues", {"GROUP": 1, "CHUNK": 1024}, 8),
     "fill_queues_kernel": ("queues", {"WIDTH": 512}, 8),
 }

@@ -155,7 +155,7 @@ def _plan_bytes(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout) 
     """About what the plan of one query head takes, marks included."""
     listed = pattern.indices.shape[2:].numel() * walked.pieces
     is_simple = own.is_one_piece_a_block and walked.is_even
-    return listed * 4 if is_simple else listed * 16 + own.layout.num_tiles * walked.layout.num_tiles
+    return listed * 4 if is_simple else listed * 20 + own.layout.num_tiles * walked.layout.num_tiles
 
 
 def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from fastvideo.block_sparse.pattern import BlockPattern
 
 # Producers read ahead of the last entry.
 _SLACK = 16
-# Pieces, or entries of a list, that one program of a planner keeps in registers.
-_CHUNK = 2048
-_LIST_CHUNK = 1024
-_PIECES_A_WARP = 128
+# Marks, and entries of a list, that one program of a planner keeps in registers.
+_MARK_CHUNK = 2048
+_CHUNK = 256
+_MARKS_A_WARP = 512
 _ENTRIES_A_WARP = 64
 # A pair shares steps if these make up so much of a full list; else its walks do not wait for each other.
 _LEAST_SHARED = 1 / 8
@@ -69,7 +69,7 @@ def plan_queries(
         marks = mark(pattern, first_head, heads, total, own=own)
         _plan_marks(marks, plan, used, own, walked, least_shared)
     if own.may_be_alone:
-        chunk = min(_LIST_CHUNK, max(64, 1 << (width * walked.pieces - 1).bit_length()))
+        chunk = min(_CHUNK, max(64, 1 << (width * walked.pieces - 1).bit_length()))
         plan_lists_kernel[(heads * own.max_blocks,)](
             indices,
             None if pattern.counts is None else pattern.counts.contiguous(),
@@ -127,14 +127,16 @@ def mark(pattern: BlockPattern, first_head: int, heads: int, total: int, *, own:
     """A byte for each pair of tiles: 1 where listed. G is 1 if all heads share lists.
 
     With `own` of the queries `[G, Nq, Nk]`, and only for tiles that may share a block with others; without it by key,
-    `[G, Nk, Nq]`.
+    `[G, Nk, Nq]`; the last axis is padded with zeros to a multiple of 16.
     """
     indices, (s_b, s_h) = _lists(pattern)
     if s_b == s_h == 0:
         first_head, heads = 0, 1
     num_queries, num_keys = pattern.query_tiles.num_tiles, pattern.key_tiles.num_tiles
     shape = (num_keys, num_queries) if own is None else (num_queries, num_keys)
-    marks = torch.zeros(heads, *shape, dtype=torch.uint8, device=indices.device)
+    # Rows begin at 16 bytes.
+    s_row = -(-shape[1] // 16) * 16
+    marks = torch.zeros(heads, shape[0], s_row, dtype=torch.uint8, device=indices.device)
     mark_kernel[(heads * num_queries,)](
         indices,
         None if pattern.counts is None else pattern.counts.contiguous(),
@@ -146,9 +148,9 @@ def mark(pattern: BlockPattern, first_head: int, heads: int, total: int, *, own:
         pattern_heads(pattern, total),
         indices.shape[3],
         num_queries,
-        num_keys,
-        1 if own is None else num_keys,
-        num_queries if own is None else 1,
+        marks.stride(0),
+        1 if own is None else s_row,
+        s_row if own is None else 1,
         PIECE_ROWS=64 if own is None else own.piece_rows,
         BLOCK=128,
         num_warps=2,
@@ -166,7 +168,7 @@ def _new_plan(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, he
     rows = torch.empty(heads, entries, dtype=torch.int32, device=device)
     masks = torch.empty(heads, num_listed + own.max_blocks * 4, dtype=torch.int32, device=device)
     meta = torch.empty(heads, own.max_blocks, _META, dtype=torch.int32, device=device)
-    return Plan(rows, masks, meta), torch.zeros(heads, 2, dtype=torch.int32, device=device)
+    return Plan(rows, masks, meta), torch.zeros(heads, 3, dtype=torch.int32, device=device)
 
 
 def _piece_constants(walked: PackedLayout) -> dict[str, Any]:
@@ -181,28 +183,33 @@ def _plan_marks(
 
     Those kernels cope with pads of the walked side by themselves, so that pads ask for no masks.
     """
-    num_pieces = walked.layout.num_tiles * walked.pieces
-    chunk = min(_CHUNK, max(64, 1 << (num_pieces - 1).bit_length()))
+    num_walked = walked.layout.num_tiles
+    mark_chunk = min(_MARK_CHUNK, max(64, 1 << (num_walked - 1).bit_length()))
+    # What blocks see, before it becomes boxes and granules: at most the lists of all their tiles.
+    lists = torch.empty(marks.shape[0], plan.masks.shape[1], dtype=torch.int32, device=marks.device)
     plan_marks_kernel[(marks.shape[0] * own.max_blocks,)](
         marks,
         own.block_tiles,
         own.counts,
         walked.layout.offsets,
         walked.piece_row,
+        lists,
         plan.rows,
         plan.masks,
         plan.meta,
         used,
         own.max_blocks,
-        own.layout.num_tiles,
-        walked.layout.num_tiles,
-        num_pieces,
+        num_walked,
+        marks.stride(0) // 16,
+        marks.stride(1) // 16,
+        lists.stride(0),
         plan.rows.stride(0),
         plan.masks.stride(0),
         least_shared or 0,
         IS_JOINT=least_shared is not None,
-        CHUNK=chunk,
-        IS_ONE_CHUNK=num_pieces <= chunk,
-        num_warps=max(1, chunk // (_PIECES_A_WARP if least_shared is None else 256)),
+        MARK_CHUNK=mark_chunk,
+        IS_ONE_CHUNK=num_walked <= mark_chunk,
+        CHUNK=_CHUNK,
+        num_warps=max(1, mark_chunk // _MARKS_A_WARP),
         **_piece_constants(walked) | ({"CLEAN": 49} if least_shared is None else {}),
     )

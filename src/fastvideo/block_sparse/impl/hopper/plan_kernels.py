@@ -1,9 +1,11 @@
 """The kernels that make plans (`plan.py`): from lists for blocks of one tile, from marks of pairs of tiles for others.
 
 `plan_lists_kernel` reads the list of its block's tile and, for shared steps, looks its entries up in the list of the block's
-partner, so that work goes with listed tiles. `plan_marks_kernel` reads a byte for every tile of the other side: that gives the
-union of several tiles' lists, and lists by key, in ascending order. Both take places from one scan: up to CHUNK entries stay
-in registers between counting and writing; longer sides are read twice, a chunk at a time.
+partner. `plan_marks_kernel` first makes such a list, of the tiles that some tile of its block has marked: that gives the union
+of several tiles' lists, and lists by key, in ascending order. From there on work goes with what is listed.
+
+Places are taken from one scan: up to CHUNK entries stay in registers between counting and writing; longer lists are read
+twice, a chunk at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,7 +28,7 @@ def _list_place(i_head, i_tile, s_b, s_h, first_head, HEADS, WIDTH):
     return i_b * s_b + i_h * s_h + i_tile.to(tl.int64) * WIDTH
 
 
-@triton.jit(do_not_specialize=["s_b", "s_h", "first_head", "HEADS", "WIDTH", "NUM_QUERIES", "NUM_KEYS", "s_q", "s_k"])
+@triton.jit(do_not_specialize=["s_b", "s_h", "first_head", "HEADS", "WIDTH", "NUM_QUERIES", "s_marks", "s_q", "s_k"])
 def mark_kernel(
     indices,
     counts,
@@ -38,7 +40,7 @@ def mark_kernel(
     HEADS,
     WIDTH,
     NUM_QUERIES,
-    NUM_KEYS,
+    s_marks,
     s_q,
     s_k,
     PIECE_ROWS: tl.constexpr,
@@ -53,7 +55,7 @@ def mark_kernel(
     if offsets is not None:
         size = tl.load(offsets + i_q + 1) - tl.load(offsets + i_q)
         num_listed = tl.where((size - 1) % PIECE_ROWS < 32, num_listed, 0)
-    p_marks = marks + i_head.to(tl.int64) * NUM_QUERIES * NUM_KEYS + i_q.to(tl.int64) * s_q
+    p_marks = marks + i_head.to(tl.int64) * s_marks + i_q.to(tl.int64) * s_q
     for i_first in range(0, num_listed, BLOCK):
         o_entry = i_first + tl.arange(0, BLOCK)
         m_entry = o_entry < num_listed
@@ -189,7 +191,7 @@ def _is_listed(p_list, count, i_tile, m_entry, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _read_list(
+def _read(
     p_list,
     count,
     p_other,
@@ -201,11 +203,20 @@ def _read_list(
     PIECE_ROWS: tl.constexpr,
     CLEAN: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    IS_JOINT: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Sizes and rows of listed pieces, what each adds to the counts, and which the other list holds too."""
+    """What sees listed pieces, their sizes and rows, what each adds to the counts, and which boxes the partner sees too.
+
+    A list holds tiles, or without DEPTH what `_list_marked` makes.
+    """
     m_entry = o_entry < count * PIECES
-    i_tile = tl.load(p_list + o_entry // PIECES, mask=m_entry, other=0)
+    b_entry = tl.load(p_list + o_entry // PIECES, mask=m_entry, other=0)
+    b_seen = tl.full(o_entry.shape, 15, tl.int32)
+    i_tile = b_entry
+    if DEPTH == 0:
+        b_seen = b_entry >> 24 & 15
+        i_tile = b_entry & 0xFFFFFF
     i_piece = i_tile * PIECES + o_entry % PIECES
     if IS_EVEN:
         size = tl.where(m_entry, PIECE_ROWS, 0)
@@ -213,11 +224,151 @@ def _read_list(
     else:
         size = piece_size(offsets, i_piece, m_entry, PIECES, PIECE_ROWS)
         b_row = tl.load(piece_row + i_piece, mask=size > 0, other=0)
-    m_clean = size >= CLEAN
-    m_other = (size > 48) & ~m_clean
-    num_granules = tl.where(size <= 48, (size + 15) // 16, 0)
-    m_common = m_clean & _is_listed(p_other, other_count, i_tile, m_clean, DEPTH)
-    return size, b_row, _counted(m_clean, m_other, num_granules), m_common
+    m_box = size > 48
+    if IS_JOINT:
+        # All steps have masks, whoever sees the box.
+        m_first = m_box
+        m_common = m_box & (b_entry >> 28 != 0)
+    else:
+        m_first = (size >= CLEAN) & (b_seen == 15)
+        m_common = m_first & (size < 0)
+        if DEPTH > 0:
+            m_common = m_first & _is_listed(p_other, other_count, i_tile, m_first, DEPTH)
+    num_granules = tl.where(m_box, 0, (size + 15) // 16)
+    return b_seen, size, b_row, _counted(m_first, m_box & ~m_first, num_granules), m_common
+
+
+@triton.jit
+def _plan_list(
+    p_list,
+    count,
+    p_other,
+    other_count,
+    offsets,
+    piece_row,
+    rows,
+    masks,
+    p_meta,
+    used,
+    i_head,
+    s_rows,
+    s_masks,
+    parity,
+    least_shared,
+    PIECES: tl.constexpr,
+    PIECE_ROWS: tl.constexpr,
+    CLEAN: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IS_JOINT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_ONE_CHUNK: tl.constexpr,
+):
+    """Count what a list makes of boxes and granules, take that much of the buffers, and write it in ascending order."""
+    o_chunk = tl.arange(0, CHUNK)
+    b_seen, size, b_row, b_count, m_common = _read(
+        p_list,
+        count,
+        p_other,
+        other_count,
+        offsets,
+        piece_row,
+        o_chunk,
+        PIECES,
+        PIECE_ROWS,
+        CLEAN,
+        IS_EVEN,
+        IS_JOINT,
+        DEPTH,
+    )
+    total = tl.sum(b_count, 0)
+    num_common = tl.sum(m_common.to(tl.int32), 0)
+    last_row = tl.max(b_row, 0)
+    counted, common = total, num_common
+    if not IS_ONE_CHUNK:
+        for i_first in range(CHUNK, count * PIECES, CHUNK):
+            _seen, _size, b_more, b_counted, m_more = _read(
+                p_list,
+                count,
+                p_other,
+                other_count,
+                offsets,
+                piece_row,
+                i_first + o_chunk,
+                PIECES,
+                PIECE_ROWS,
+                CLEAN,
+                IS_EVEN,
+                IS_JOINT,
+                DEPTH,
+            )
+            total += tl.sum(b_counted, 0)
+            num_common += tl.sum(m_more.to(tl.int32), 0)
+            last_row = tl.maximum(last_row, tl.max(b_more, 0))
+    o_rows, o_masks, num_first, num_boxes, num_granules, num_shared, clean_steps, box_steps, granule_steps = _begin_walk(
+        total, num_common, least_shared, used + i_head * 3, p_meta, IS_JOINT
+    )
+    p_rows, p_granules, p_mask, p_granule_mask = _places(
+        rows, masks, i_head, s_rows, s_masks, o_rows, o_masks, num_shared, clean_steps, box_steps
+    )
+    _write(
+        b_seen,
+        size,
+        b_row,
+        b_count,
+        m_common,
+        0,
+        0,
+        parity,
+        p_rows,
+        p_granules,
+        p_mask,
+        p_granule_mask,
+        num_first,
+        num_boxes,
+        num_granules,
+        num_shared,
+        clean_steps,
+    )
+    if not IS_ONE_CHUNK:
+        for i_first in range(CHUNK, count * PIECES, CHUNK):
+            b_seen, size, b_row, b_count, m_common = _read(
+                p_list,
+                count,
+                p_other,
+                other_count,
+                offsets,
+                piece_row,
+                i_first + o_chunk,
+                PIECES,
+                PIECE_ROWS,
+                CLEAN,
+                IS_EVEN,
+                IS_JOINT,
+                DEPTH,
+            )
+            _write(
+                b_seen,
+                size,
+                b_row,
+                b_count,
+                m_common,
+                counted,
+                common,
+                parity,
+                p_rows,
+                p_granules,
+                p_mask,
+                p_granule_mask,
+                num_first,
+                num_boxes,
+                num_granules,
+                num_shared,
+                clean_steps,
+            )
+            counted += tl.sum(b_count, 0)
+            common += tl.sum(m_common.to(tl.int32), 0)
+    _end_walk(p_rows, p_granules, p_mask, p_granule_mask, num_boxes, num_granules, num_shared, granule_steps, last_row)
 
 
 @triton.jit(
@@ -266,111 +417,38 @@ def plan_lists_kernel(
         count, other_count = WIDTH, WIDTH
         if counts is not None:
             count, other_count = tl.load(counts + o_list // WIDTH), tl.load(counts + o_other // WIDTH)
-        other_count = tl.where(i_partner < num_blocks, other_count, 0)
-        p_list, p_other = indices + o_list, indices + o_other
-        o_chunk = tl.arange(0, CHUNK)
-        size, b_row, b_count, m_common = _read_list(
-            p_list, count, p_other, other_count, offsets, piece_row, o_chunk, PIECES, PIECE_ROWS, CLEAN, IS_EVEN, DEPTH
-        )
-        total = tl.sum(b_count, 0)
-        num_common = tl.sum(m_common.to(tl.int32), 0)
-        last_row = tl.max(b_row, 0)
-        if not IS_ONE_CHUNK:
-            for i_first in range(CHUNK, count * PIECES, CHUNK):
-                _size, b_more, b_counted, m_more = _read_list(
-                    p_list,
-                    count,
-                    p_other,
-                    other_count,
-                    offsets,
-                    piece_row,
-                    i_first + o_chunk,
-                    PIECES,
-                    PIECE_ROWS,
-                    CLEAN,
-                    IS_EVEN,
-                    DEPTH,
-                )
-                total += tl.sum(b_counted, 0)
-                num_common += tl.sum(m_more.to(tl.int32), 0)
-                last_row = tl.maximum(last_row, tl.max(b_more, 0))
-        o_rows, o_masks, num_first, num_boxes, num_granules, num_shared, clean_steps, box_steps, granule_steps = _begin_walk(
-            total,
-            num_common,
-            least_shared,
-            used + i_head * 2,
+        _plan_list(
+            indices + o_list,
+            count,
+            indices + o_other,
+            tl.where(i_partner < num_blocks, other_count, 0),
+            offsets,
+            piece_row,
+            rows,
+            masks,
             meta + tl.program_id(0).to(tl.int64) * 8,
-            MASKS_ALL=False,
-        )
-        p_rows, p_granules, p_mask, p_granule_mask = _places(
-            rows, masks, i_head, s_rows, s_masks, o_rows, o_masks, num_shared, clean_steps, box_steps
-        )
-        _write(
-            tl.full([CHUNK], 15, tl.int32),
-            size,
-            b_row,
-            b_count,
-            m_common,
-            0,
-            0,
+            used,
+            i_head,
+            s_rows,
+            s_masks,
             parity,
-            p_rows,
-            p_granules,
-            p_mask,
-            p_granule_mask,
-            num_first,
-            num_boxes,
-            num_granules,
-            num_shared,
-            clean_steps,
+            least_shared,
+            PIECES,
+            PIECE_ROWS,
+            CLEAN,
+            IS_EVEN,
+            False,
+            DEPTH,
+            CHUNK,
+            IS_ONE_CHUNK,
         )
-        if not IS_ONE_CHUNK:
-            counted = tl.sum(b_count, 0)
-            num_before = tl.sum(m_common.to(tl.int32), 0)
-            for i_first in range(CHUNK, count * PIECES, CHUNK):
-                size, b_row, b_count, m_common = _read_list(
-                    p_list,
-                    count,
-                    p_other,
-                    other_count,
-                    offsets,
-                    piece_row,
-                    i_first + o_chunk,
-                    PIECES,
-                    PIECE_ROWS,
-                    CLEAN,
-                    IS_EVEN,
-                    DEPTH,
-                )
-                _write(
-                    tl.full([CHUNK], 15, tl.int32),
-                    size,
-                    b_row,
-                    b_count,
-                    m_common,
-                    counted,
-                    num_before,
-                    parity,
-                    p_rows,
-                    p_granules,
-                    p_mask,
-                    p_granule_mask,
-                    num_first,
-                    num_boxes,
-                    num_granules,
-                    num_shared,
-                    clean_steps,
-                )
-                counted += tl.sum(b_count, 0)
-                num_before += tl.sum(m_common.to(tl.int32), 0)
-        _end_walk(p_rows, p_granules, p_mask, p_granule_mask, num_boxes, num_granules, num_shared, granule_steps, last_row)
 
 
 @triton.jit
-def _seen_by(p_marks, p_tiles, NUM_WALKED, i_walked, m_piece):
+def _seen_by(p_marks, p_tiles, s_own, i_walked, m_walked):
     """Which granules of the own block (bits 0 to 3) see the tiles; granules without a tile count as seeing what others see."""
     i_first = tl.load(p_tiles)
-    b_mark = tl.load(p_marks + i_first.to(tl.int64) * NUM_WALKED + i_walked, mask=m_piece, other=0)
+    b_mark = tl.load(p_marks + i_first.to(tl.int64) * s_own * 16 + i_walked, mask=m_walked, other=0)
     # A block of one tile, which most are.
     b_seen = tl.where(b_mark != 0, 15, 0)
     if tl.load(p_tiles + 3) != i_first:
@@ -379,61 +457,46 @@ def _seen_by(p_marks, p_tiles, NUM_WALKED, i_walked, m_piece):
         for i_slot in tl.static_range(1, 4):
             i_tile = tl.load(p_tiles + i_slot)
             absent |= tl.where(i_tile < 0, 1 << i_slot, 0)
-            p_list = p_marks + tl.maximum(i_tile, 0).to(tl.int64) * NUM_WALKED
-            b_mark = tl.load(p_list + i_walked, mask=m_piece, other=0)
+            p_list = p_marks + tl.maximum(i_tile, 0).to(tl.int64) * s_own * 16
+            b_mark = tl.load(p_list + i_walked, mask=m_walked, other=0)
             b_seen |= tl.where((b_mark != 0) & (i_tile >= 0), 1 << i_slot, 0)
         b_seen = tl.where(b_seen != 0, b_seen | absent, 0)
     return b_seen
 
 
 @triton.jit
-def _read_marks(
-    p_marks,
-    p_tiles,
-    p_others,
-    offsets,
-    piece_row,
-    i_piece,
-    num_pieces,
-    NUM_WALKED,
-    PIECES: tl.constexpr,
-    PIECE_ROWS: tl.constexpr,
-    CLEAN: tl.constexpr,
-    IS_JOINT: tl.constexpr,
-):
-    """What sees pieces, their sizes and rows, what each adds to the counts, and which boxes the partner sees too."""
-    m_piece = i_piece < num_pieces
-    size = piece_size(offsets, i_piece, m_piece, PIECES, PIECE_ROWS)
-    b_seen = _seen_by(p_marks, p_tiles, NUM_WALKED, i_piece // PIECES, m_piece)
-    m_meet = (b_seen != 0) & (size > 0)
-    b_row = tl.load(piece_row + i_piece, mask=m_meet, other=0)
-    m_box = m_meet & (size > 48)
+def _list_marked(p_marks, p_tiles, p_others, s_own, i_first, IS_JOINT: tl.constexpr, CHUNK: tl.constexpr):
+    """Of CHUNK tiles: entries of those that the block sees, and which these are.
+
+    An entry is a tile, what of the block sees it from bit 24 on, and in bit 28 whether the partner does.
+    """
+    i_walked = i_first + tl.arange(0, CHUNK)
+    # Rows are padded, so that a thread reads its marks at once.
+    m_walked = i_walked // 16 < s_own
+    b_seen = _seen_by(p_marks, p_tiles, s_own, i_walked, m_walked)
+    b_entry = i_walked | b_seen << 24
     if IS_JOINT:
-        # All steps have masks, whoever sees the box.
-        m_first = m_box
-        m_common = m_box & (_seen_by(p_marks, p_others, NUM_WALKED, i_piece // PIECES, m_box) != 0)
-    else:
-        m_first = m_meet & (size >= CLEAN) & (b_seen == 15)
-        m_common = m_box & (size < 0)
-    num_granules = tl.where(m_meet & (size <= 48), (size + 15) // 16, 0)
-    return b_seen, size, b_row, _counted(m_first, m_box & ~m_first, num_granules), m_common
+        b_entry |= tl.where(_seen_by(p_marks, p_others, s_own, i_walked, m_walked) != 0, 1 << 28, 0)
+    return b_entry, b_seen != 0
 
 
-@triton.jit(do_not_specialize=["max_blocks", "NUM_OWN", "NUM_WALKED", "num_pieces", "s_rows", "s_masks", "least_shared"])
+@triton.jit(do_not_specialize=["max_blocks", "num_walked", "s_marks", "s_own", "s_lists", "s_rows", "s_masks", "least_shared"])
 def plan_marks_kernel(
     marks,
     block_tiles,
     own_counts,
     offsets,
     piece_row,
+    lists,
     rows,
     masks,
     meta,
     used,
     max_blocks,
-    NUM_OWN,
-    NUM_WALKED,
-    num_pieces,
+    num_walked,
+    s_marks,
+    s_own,
+    s_lists,
     s_rows,
     s_masks,
     least_shared,
@@ -441,115 +504,62 @@ def plan_marks_kernel(
     PIECE_ROWS: tl.constexpr,
     CLEAN: tl.constexpr,
     IS_JOINT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    MARK_CHUNK: tl.constexpr,
     IS_ONE_CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Plan a block from marks: with IS_JOINT blocks of several tiles and their partners, else all, without shared steps."""
+    """Plan a block from marks: with IS_JOINT blocks of several tiles and their partners, else all, without shared steps.
+
+    Rows of marks are `16 * s_own` apart and padded with zeros.
+    """
     i_block, i_head = tl.program_id(0) % max_blocks, (tl.program_id(0) // max_blocks).to(tl.int64)
     num_blocks = tl.load(own_counts + (0 if IS_JOINT else 1))
     if i_block < num_blocks:
         parity = i_block % 2
         i_partner = i_block + 1 - 2 * parity
-        p_marks = marks + i_head * NUM_OWN * NUM_WALKED
+        p_marks = marks + i_head * s_marks * 16
         p_tiles = block_tiles + i_block * 4
         p_others = block_tiles + tl.where(i_partner < num_blocks, i_partner, i_block) * 4
-        o_chunk = tl.arange(0, CHUNK)
-        b_seen, size, b_row, b_count, m_common = _read_marks(
-            p_marks, p_tiles, p_others, offsets, piece_row, o_chunk, num_pieces, NUM_WALKED, PIECES, PIECE_ROWS, CLEAN, IS_JOINT
-        )
-        total = tl.sum(b_count, 0)
-        num_common = 0
-        if IS_JOINT:
-            num_common = tl.sum(m_common.to(tl.int32), 0)
-        last_row = tl.max(b_row, 0)
+        b_entry, m_seen = _list_marked(p_marks, p_tiles, p_others, s_own, 0, IS_JOINT, MARK_CHUNK)
+        b_place = tl.cumsum(m_seen.to(tl.int32), 0)
+        num_first = tl.max(b_place, 0)
+        count = num_first
         if not IS_ONE_CHUNK:
-            for i_first in range(CHUNK, num_pieces, CHUNK):
-                _seen, _size, b_more, b_counted, m_more = _read_marks(
-                    p_marks,
-                    p_tiles,
-                    p_others,
-                    offsets,
-                    piece_row,
-                    i_first + o_chunk,
-                    num_pieces,
-                    NUM_WALKED,
-                    PIECES,
-                    PIECE_ROWS,
-                    CLEAN,
-                    IS_JOINT,
-                )
-                total += tl.sum(b_counted, 0)
-                if IS_JOINT:
-                    num_common += tl.sum(m_more.to(tl.int32), 0)
-                last_row = tl.maximum(last_row, tl.max(b_more, 0))
-        num_common = tl.where(i_partner < num_blocks, num_common, 0)
-        o_rows, o_masks, num_first, num_boxes, num_granules, num_shared, clean_steps, box_steps, granule_steps = _begin_walk(
-            total,
-            num_common,
-            least_shared,
-            used + i_head * 2,
+            for i_first in range(MARK_CHUNK, num_walked, MARK_CHUNK):
+                _entry, m_more = _list_marked(p_marks, p_tiles, p_others, s_own, i_first, IS_JOINT, MARK_CHUNK)
+                count += tl.sum(m_more.to(tl.int32), 0)
+        p_list = lists + i_head * s_lists + tl.atomic_add(used + i_head * 3 + 2, count)
+        tl.store(p_list + b_place - 1, b_entry, mask=m_seen)
+        if not IS_ONE_CHUNK:
+            for i_first in range(MARK_CHUNK, num_walked, MARK_CHUNK):
+                b_entry, m_seen = _list_marked(p_marks, p_tiles, p_others, s_own, i_first, IS_JOINT, MARK_CHUNK)
+                b_place = num_first + tl.cumsum(m_seen.to(tl.int32), 0)
+                tl.store(p_list + b_place - 1, b_entry, mask=m_seen)
+                num_first += tl.sum(m_seen.to(tl.int32), 0)
+        # Other threads of the program read what one has written.
+        tl.debug_barrier()
+        _plan_list(
+            p_list,
+            count,
+            p_list,
+            0,
+            offsets,
+            piece_row,
+            rows,
+            masks,
             meta + tl.program_id(0).to(tl.int64) * 8,
-            MASKS_ALL=IS_JOINT,
-        )
-        p_rows, p_granules, p_mask, p_granule_mask = _places(
-            rows, masks, i_head, s_rows, s_masks, o_rows, o_masks, num_shared, clean_steps, box_steps
-        )
-        _write(
-            b_seen,
-            size,
-            b_row,
-            b_count,
-            m_common,
-            0,
-            0,
+            used,
+            i_head,
+            s_rows,
+            s_masks,
             parity,
-            p_rows,
-            p_granules,
-            p_mask,
-            p_granule_mask,
-            num_first,
-            num_boxes,
-            num_granules,
-            num_shared,
-            clean_steps,
+            tl.where(i_partner < num_blocks, least_shared, 1 << 30),
+            PIECES,
+            PIECE_ROWS,
+            CLEAN,
+            False,
+            IS_JOINT,
+            0,
+            CHUNK,
+            False,
         )
-        if not IS_ONE_CHUNK:
-            counted = tl.sum(b_count, 0)
-            num_before = tl.sum(m_common.to(tl.int32), 0)
-            for i_first in range(CHUNK, num_pieces, CHUNK):
-                b_seen, size, b_row, b_count, m_common = _read_marks(
-                    p_marks,
-                    p_tiles,
-                    p_others,
-                    offsets,
-                    piece_row,
-                    i_first + o_chunk,
-                    num_pieces,
-                    NUM_WALKED,
-                    PIECES,
-                    PIECE_ROWS,
-                    CLEAN,
-                    IS_JOINT,
-                )
-                _write(
-                    b_seen,
-                    size,
-                    b_row,
-                    b_count,
-                    m_common,
-                    counted,
-                    num_before,
-                    parity,
-                    p_rows,
-                    p_granules,
-                    p_mask,
-                    p_granule_mask,
-                    num_first,
-                    num_boxes,
-                    num_granules,
-                    num_shared,
-                    clean_steps,
-                )
-                counted += tl.sum(b_count, 0)
-                num_before += tl.sum(m_common.to(tl.int32), 0)
-        _end_walk(p_rows, p_granules, p_mask, p_granule_mask, num_boxes, num_granules, num_shared, granule_steps, last_row)
