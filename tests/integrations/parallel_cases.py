@@ -5,7 +5,6 @@ Each rank makes the same model and inputs from one seed, so it can compute one d
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import traceback
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import SHARED, call, call_with_gradients, convert, make
+from tiny_models import SHARED, call, call_with_gradients, convert, in_float64, make
 
 from fastvideo.integrations.diffusers import (
     AttentionPolicy,
@@ -51,10 +50,7 @@ def average(numbers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def family(name: str, mesh: Any) -> None:
     model, inputs = make(name)
     alone = call_with_gradients(model, inputs)
-    wide = copy.deepcopy(model).double()
-    if getattr(wide, "learnable_pos_embed", None) is not None:
-        wide.learnable_pos_embed.float()
-    exact = call_with_gradients(wide, convert(inputs, torch.float64))
+    exact = call_with_gradients(in_float64(model), convert(inputs, torch.float64))
     apply(model, parallel=mesh)
     shared = average(call_with_gradients(model, inputs))
     for key, tensor in shared.items():

@@ -12,15 +12,14 @@ from torch import nn
 from fastvideo.integrations.diffusers import AttentionPolicy, Rule, apply, plan_of
 from fastvideo.testing import assert_within_budget
 
-from .test_diffusers import in_float64
-from .tiny_models import NAMED, SPARSE, call_with_gradients, convert, make
+from .tiny_models import NAMED, SPARSE, call_with_gradients, convert, in_float64, make
 
 diffusers.utils.logging.set_verbosity_error()
 
 VSA = AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=0.5)])
 # Others have no processor of their own. HunyuanVideo 1.5 and Framepack read numbers of text tokens: only their blocks compile.
 WHOLE = (*NAMED, "wan vace", "wan animate")
-BLOCKS = (*NAMED, "wan animate", "hunyuan 1.5", "framepack")
+BLOCKS = (*NAMED, "wan animate", "hunyuan 1.5", "framepack", "flux 2")
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

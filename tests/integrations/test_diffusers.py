@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import nn
 
 from fastvideo.attention import register_attn_backend
 from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend, TorchSDPAImpl
@@ -19,20 +18,13 @@ from fastvideo.attention.backends.video_sparse_attn import (
 from fastvideo.integrations.diffusers import AttentionPolicy, Rule, apply, plan_of, remove
 from fastvideo.testing import assert_within_budget
 
-from .tiny_models import CASES, NAMES, ONE_OF_EACH, SPARSE, call, call_with_gradients, convert, make, skyreels
+from .tiny_models import CASES, NAMES, ONE_OF_EACH, SPARSE, call, call_with_gradients, convert, in_float64, make, skyreels
 
 diffusers.utils.logging.set_verbosity_error()
 
 
 def sparse(sparsity: float, **extra: Any) -> AttentionPolicy:
     return AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=sparsity, **extra)])
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    wide = copy.deepcopy(model).double()
-    if getattr(wide, "learnable_pos_embed", None) is not None:
-        wide.learnable_pos_embed.float()  # diffusers computes its norm in float32 and takes nothing wider
-    return wide
 
 
 def assert_same_numbers(

@@ -336,6 +336,19 @@ def test_what_is_not_known_is_refused() -> None:
     assert plan_of(model).policy == AttentionPolicy()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LTX2VideoTransformer3DModel", "Cosmos3OmniTransformer", "WanAnimate2Transformer3DModel", "AllegroTransformer3DModel",
+        "EasyAnimateTransformer3DModel", "Kandinsky5Transformer3DModel", "SanaVideoTransformer3DModel",
+        "HeliosTransformer3DModel", "AnyFlowTransformer3DModel",
+    ],
+)  # fmt: skip
+def test_classes_that_the_cookbook_calls_unknown_are(name: str) -> None:
+    classes = {cls.__name__ for cls in getattr(diffusers, name).__mro__}
+    assert classes.isdisjoint(known_models())
+
+
 def test_a_pipeline_with_an_unknown_transformer_is_refused() -> None:
     class Pipeline:
         def __init__(self, **components: nn.Module) -> None:

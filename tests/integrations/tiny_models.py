@@ -5,12 +5,14 @@ Grids are ragged for tiles of 4 × 4 × 4, and the number of video tokens is eve
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 Inputs = dict[str, Any]
@@ -287,6 +289,24 @@ def _flux_inputs() -> Inputs:
     }
 
 
+def _flux_2() -> nn.Module:
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        timestep_guidance_channels=8, mlp_ratio=2.0, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+
+
+def _flux_2_inputs() -> Inputs:
+    inputs = _flux_inputs()
+    image, text = (F.pad(inputs[name], (0, 1))[None].expand(2, -1, -1) for name in ("img_ids", "txt_ids"))
+    return {
+        **{name: inputs[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")},
+        "guidance": torch.tensor([3.0, 4.0]),
+        "img_ids": image,
+        "txt_ids": text,
+    }
+
+
 CASES = {
     case.name: case
     for case in (
@@ -353,13 +373,14 @@ CASES = {
             has_cross=True,
         ),
         Case("flux", _flux, _flux_inputs, (1, 6, 10), num_joined=7),
+        Case("flux 2", _flux_2, _flux_2_inputs, (1, 6, 10), num_joined=7),
     )
 }
 NAMES = tuple(CASES)
 SPARSE = tuple(name for name, case in CASES.items() if case.grid_tyx is not None)
 SHARED = tuple(name for name, case in CASES.items() if case.is_shared)
 NAMED = ("wan", "hunyuan", "ltx", "cogvideox", "mochi", "cosmos", "flux")
-ONE_OF_EACH = (*NAMED, "wan vace", "wan animate", "chronoedit", "skyreels", "hunyuan 1.5", "consisid")
+ONE_OF_EACH = (*NAMED, "wan vace", "wan animate", "chronoedit", "skyreels", "hunyuan 1.5", "consisid", "flux 2")
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs]:
@@ -387,6 +408,14 @@ def _convert(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, tuple) and all(isinstance(part, torch.Tensor) for part in x):
         return tuple(_convert(part, dtype) for part in x)
     return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Return a copy in float64."""
+    wide = copy.deepcopy(model).double()
+    if getattr(wide, "learnable_pos_embed", None) is not None:
+        wide.learnable_pos_embed.float()  # diffusers computes its norm in float32 and takes nothing wider
+    return wide
 
 
 def call(model: nn.Module, inputs: Inputs) -> torch.Tensor:

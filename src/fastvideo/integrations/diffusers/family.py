@@ -232,6 +232,7 @@ _BUILT_INS = {
     "MochiTransformer3DModel": "mochi:MochiFamily",
     "CosmosTransformer3DModel": "cosmos:CosmosFamily",
     "FluxTransformer2DModel": "flux:FluxFamily",
+    "Flux2Transformer2DModel": "flux:Flux2Family",
 }
 _REGISTERED: dict[str, Family] = {}
 
