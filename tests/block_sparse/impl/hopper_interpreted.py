@@ -228,16 +228,18 @@ def test_the_model_of_rings_finds_a_standstill_and_a_wrong_phase() -> None:
     with pytest.raises(RuntimeError, match="nobody can go on"):
         hopper_rings.simulate_forward([hopper_rings.Pair(unequal, 2)], 1, 2, 0)
     # The second has nothing of its own to wait for before it shares again, while the first ring has long to go.
-    first = hopper_rings.Pair((hopper_rings.Walk(entries[:9], 9), None), 0)
+    first = hopper_rings.Pair((hopper_rings.Walk(entries[:9], 9), hopper_rings.Walk([], 0)), 0)
     second = hopper_rings.Pair((hopper_rings.Walk(entries[10:11], 2), hopper_rings.Walk(entries[20:21], 2)), 2)
-    assert hopper_rings.simulate_forward([first, second], 1, 2, 0)[1] == [[(10,), (20,)]]
+    pairs = [*[first] * 4, second, first, second]
+    for seed in range(9):
+        assert hopper_rings.simulate_forward(pairs, 1, 2, seed)[1][4::2] == [[(10,), (20,)]] * 2
 
     def is_wrong(seed: int) -> bool:
         try:
-            found = hopper_rings.simulate_forward([first, second], 1, 2, seed, awaits_partner=False)
+            found = hopper_rings.simulate_forward(pairs, 1, 2, seed, awaits_partner=False)
         except (AssertionError, RuntimeError):
             return True
-        return found[1] != [[(10,), (20,)]]
+        return found[1][4::2] != [[(10,), (20,)]] * 2
 
     assert any(is_wrong(seed) for seed in range(9))
 

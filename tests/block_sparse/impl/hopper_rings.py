@@ -124,13 +124,16 @@ def forward_consumer(
 ) -> Waiting:
     """Keys of the next step are awaited before the values of the last are let go."""
     bases = [0, 0]
-    for wave, pair in enumerate(pairs):
-        started.arrive()
+    num_met = 0
+    for pair in pairs:
+        if pair.shared:
+            started.arrive()
         walk = pair.walks[wg]
         if walk:
             seen: list[Entry | None] = []
             if pair.shared:
-                yield started.is_past(wave & 1)
+                yield started.is_past(num_met & 1)
+                num_met += 1
             if walk.steps:
                 yield from k.wait(*place_of(0, pair.shared, bases, wg, 1))
             for i in range(walk.steps):
@@ -153,13 +156,16 @@ def forward_consumer(
 def dq_consumer(pairs: list[Pair], wg: int, ring: Rings, started: Barrier, found: list[list[Entry | None]]) -> Waiting:
     """Half steps, one after the other."""
     bases = [0, 0]
-    for wave, pair in enumerate(pairs):
-        started.arrive()
+    num_met = 0
+    for pair in pairs:
+        if pair.shared:
+            started.arrive()
         walk = pair.walks[wg]
         if walk:
             seen: list[Entry | None] = []
             if pair.shared:
-                yield started.is_past(wave & 1)
+                yield started.is_past(num_met & 1)
+                num_met += 1
             for i in range(walk.steps):
                 here = place_of(i, pair.shared, bases, wg, 2)
                 yield from ring.wait(*here)

@@ -129,7 +129,7 @@ def _dq_consumer(
     # Uses of both rings so far.
     uses_0 = 0
     uses_1 = 0
-    i_wave = 0
+    num_met = 0
     for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
         i_block = i_first + WG
@@ -138,7 +138,8 @@ def _dq_consumer(
         num_shared = gl.load(p_pair + 6)
         ring_0 = gl.load(p_pair + 5) - num_shared
         ring_1 = gl.load(p_pair + 13, mask=i_first + 1 < end, other=0) - num_shared
-        mbarrier.arrive(started)
+        # Counted by pairs that share alone, so that nobody comes here twice before the partner has come once.
+        mbarrier.arrive(started, pred=num_shared > 0)
         if i_block < end:
             p_meta = p_pair + WG * 8
             clean_halves = gl.load(p_meta + 2) * 2
@@ -166,7 +167,7 @@ def _dq_consumer(
                 fence_async_shared()
             b_dq = gl.zeros([64, D], gl.float32, result)
             # The partner's ring must have come to this pair: phases of a barrier tell one use from the next alone.
-            mbarrier.wait(started, i_wave & 1, pred=num_shared > 0)
+            mbarrier.wait(started, num_met & 1, pred=num_shared > 0)
             for i_half in range(num_halves):
                 ring, i_use = _place(i_half, num_shared, uses_0, uses_1, WG)
                 i_stage = ring * STAGES + i_use % STAGES
@@ -189,7 +190,7 @@ def _dq_consumer(
             gl.store(p_dq + o_token * (HEADS * D) + o_d, staging.load(memory), mask=m_row)
         uses_0 += ring_0
         uses_1 += ring_1
-        i_wave += 1  # noqa: SIM113 (kernels have no enumerate)
+        num_met += gl.where(num_shared > 0, 1, 0)
 
 
 @gluon.jit(

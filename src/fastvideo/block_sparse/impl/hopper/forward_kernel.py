@@ -216,7 +216,7 @@ def _consumer(
     # Twice the uses of both rings so far.
     uses_0 = 0
     uses_1 = 0
-    i_wave = 0
+    num_met = 0
     for i_pair in range(gl.program_id(0), num_pairs, gl.num_programs(0)):
         i_head, i_first, end = locate_pair(i_pair, num_heads, num_joint, num_blocks)
         i_b, i_h = ((first_head + i_head) // HEADS).to(gl.int64), (first_head + i_head) % HEADS
@@ -224,7 +224,8 @@ def _consumer(
         num_shared = gl.load(p_pair + 6)
         ring_0 = gl.load(p_pair + 7)
         ring_1 = gl.load(p_pair + 15, mask=i_first + 1 < end, other=0)
-        mbarrier.arrive(started)
+        # Counted by pairs that share alone, so that nobody comes here twice before the partner has come once.
+        mbarrier.arrive(started, pred=num_shared > 0)
         if i_first + WG < end:
             i_block = i_first + WG
             p_meta = p_pair + WG * 8
@@ -249,7 +250,7 @@ def _consumer(
             b_sum = gl.zeros([64], gl.float32, score_rows)
             b_out = gl.zeros([64, D], gl.float32, result)
             # The partner's ring must have come to this pair: phases of a barrier tell one use from the next alone.
-            mbarrier.wait(started, i_wave & 1, pred=num_shared > 0)
+            mbarrier.wait(started, num_met & 1, pred=num_shared > 0)
             if num_steps > 0:
                 place = _place(0, num_shared, uses_0, uses_1, WG)
                 i_k = _stage(place, K_STAGES)
@@ -302,7 +303,7 @@ def _consumer(
             write_block(sums, out, lse, gated, staging, i_b, i_h, o_tile, o_token, o_lse, HEADS, NUM_ROWS, D, memory)
         uses_0 += ring_0 * 2
         uses_1 += ring_1 * 2
-        i_wave += 1  # noqa: SIM113 (kernels have no enumerate)
+        num_met += gl.where(num_shared > 0, 1, 0)
 
 
 @gluon.jit(
