@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .tiny_models import SHARED
+from .tiny_models import NAMES
 
 SCRIPT = Path(__file__).with_name("parallel_cases.py")
-CHECKS = (*SHARED, "recomputed and compiled", "uneven shards", "other layouts", "masks", "refusals")
+CHECKS = (*NAMES, "recomputed and compiled", "uneven shards", "other layouts", "masks", "refusals")
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ Inputs = dict[str, Any]
 class Case:
     """One model: how it is made, what it is called with, and its video's grid, if its tokens are one.
 
-    `text_lengths` are the real tokens of each sample, where a mask tells them; `is_shared` says whether devices can share it.
+    `text_lengths` are the real tokens of each sample, where a mask tells them.
     """
 
     name: str
@@ -33,7 +33,6 @@ class Case:
     has_text: bool = False
     num_joined: int = 0
     text_lengths: tuple[int, ...] | None = None
-    is_shared: bool = True
 
 
 def _wan(**extra: Any) -> Callable[[], nn.Module]:
@@ -320,7 +319,7 @@ CASES = {
             has_cross=True,
         ),
         Case("wan vace", _wan_vace, _wan_vace_inputs, (5, 4, 6), has_cross=True),
-        Case("wan animate", _wan_animate, _wan_animate_inputs, (5, 4, 6), has_cross=True, is_shared=False),
+        Case("wan animate", _wan_animate, _wan_animate_inputs, (5, 4, 6), has_cross=True),
         Case("chronoedit", _chronoedit, _chronoedit_inputs, (2, 4, 6), has_cross=True),
         Case("skyreels", skyreels, _wan_inputs, (5, 4, 6), has_cross=True),
         Case("skyreels forcing", skyreels, _skyreels_forcing_inputs, (5, 4, 6), has_cross=True),
@@ -352,7 +351,7 @@ CASES = {
             num_joined=9,
             text_lengths=(7, 4),
         ),
-        Case("framepack", _framepack, _framepack_inputs, None, has_text=True, num_joined=9, is_shared=False),
+        Case("framepack", _framepack, _framepack_inputs, None, has_text=True, num_joined=9),
         Case("ltx", _ltx, _ltx_inputs, (5, 4, 6), has_cross=True),
         Case("cogvideox", _cogvideox(use_rotary_positional_embeddings=True), _cogvideox_inputs, (5, 4, 6), num_joined=7),
         Case(
@@ -378,7 +377,6 @@ CASES = {
 }
 NAMES = tuple(CASES)
 SPARSE = tuple(name for name, case in CASES.items() if case.grid_tyx is not None)
-SHARED = tuple(name for name, case in CASES.items() if case.is_shared)
 NAMED = ("wan", "hunyuan", "ltx", "cogvideox", "mochi", "cosmos", "flux")
 ONE_OF_EACH = (*NAMED, "wan vace", "wan animate", "chronoedit", "skyreels", "hunyuan 1.5", "consisid", "flux 2")
 

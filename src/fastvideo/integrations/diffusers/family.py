@@ -106,14 +106,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Gather:
-    """Join the devices' parts of what a module returns along `dim`.
+    """Join the devices' parts of what a module returns.
+
+    Attributes:
+        dim: Where they are joined.
+        output: Which of several outputs is joined; `None` where there is one.
 
     Example:
         >>> Gather(1)
-        Gather(dim=1)
+        Gather(dim=1, output=None)
     """
 
     dim: int
+    output: int | None = None
 
 
 ShardPlan: TypeAlias = "dict[str, dict[str | int, Split] | Gather]"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvideo.integrations.diffusers.family import ShardPlan
+from fastvideo.integrations.diffusers.family import Gather, ShardPlan, Split
 from fastvideo.integrations.diffusers.hunyuan_video import HunyuanVideoFamily
 
 __all__ = ["FramepackFamily"]
@@ -35,11 +35,14 @@ class FramepackFamily(HunyuanVideoFamily):
         return int(image + text)
 
     def shard_plan(self, model: nn.Module) -> ShardPlan:
-        """Refuse: the model takes the clip's own tokens from behind its past between its blocks and its last projection.
+        """Cut the joined tokens ahead of the blocks, and their rotary tables; join behind the last block.
 
-        Raises:
-            NotImplementedError: Always.
+        The model takes the clip's own tokens from behind its past there.
         """
-        raise NotImplementedError(
-            f"{type(model).__name__} joins tokens of several resolutions, which devices can't share yet; leave out parallel"
-        )
+        last = len(model.single_transformer_blocks) - 1  # type: ignore[arg-type]  # a list of modules
+        return {
+            "transformer_blocks.0": {"hidden_states": Split(1)},
+            "transformer_blocks.*": {"freqs_cis": Split(0)},
+            "single_transformer_blocks.*": {"image_rotary_emb": Split(0)},
+            f"single_transformer_blocks.{last}": Gather(1, output=0),
+        }

@@ -49,14 +49,19 @@ class _SplitOutputs:
 
 
 class _GatherOutput:
-    """A forward hook that joins the devices' parts of what a module returns."""
+    """A forward hook that joins the devices' parts of what a module returns, or of one of its outputs."""
 
-    def __init__(self, dim: int, group: SequenceGroup) -> None:
-        self.dim, self.group = dim, group
+    def __init__(self, gather: Gather, group: SequenceGroup) -> None:
+        self.dim, self.output, self.group = gather.dim, gather.output, group
 
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if self.output is None:
+            return self._join(output)
+        return tuple(self._join(x) if i == self.output else x for i, x in enumerate(output))
+
+    def _join(self, x: torch.Tensor) -> torch.Tensor:
         state = current_state()
-        return gather_sequence(output, self.dim, self.group, shard_lengths=None if state is None else state.shard_lengths)
+        return gather_sequence(x, self.dim, self.group, shard_lengths=None if state is None else state.shard_lengths)
 
 
 def split_inputs(
@@ -124,7 +129,7 @@ def add_shard_hooks(model: nn.Module, plan: ShardPlan, group: SequenceGroup) -> 
     for path, entry in plan.items():
         for name, module in modules_named(model, path):
             if isinstance(entry, Gather):
-                yield module.register_forward_hook(_GatherOutput(entry.dim, group))
+                yield module.register_forward_hook(_GatherOutput(entry, group))
                 continue
             outputs = {int(key): split for key, split in entry.items() if split.of_output}
             inputs = {str(key): split for key, split in entry.items() if not split.of_output}
