@@ -6,7 +6,7 @@ each, seven products where one kernel would need five; but nothing is added into
 bits, and that is also faster: fp32 additions into dquery run at 1.6 TB/s, which alone costs more than the two products.
 
 - dquery keeps queries, the output's gradient and dquery in registers (for small heads only the last); its ring holds keys
-  and values.
+  and values. Pairs of blocks share steps as in the forward.
 - dkey and dvalue keep both results in registers (128 a thread) and keys and values in shared memory. Scores are held
   transposed, `[keys, queries]`. The ring holds queries, the output's gradient and, by a tensor copy too, a pair (base-2
   log-sum-exp, delta) for each query: read from global memory by column they would not fit into registers.

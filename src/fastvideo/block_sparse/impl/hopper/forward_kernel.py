@@ -9,7 +9,10 @@ of 16. The design, and what was measured to choose it:
   a basic block end there, over which ptxas does not hoist the other (within one block it does, and nothing overlaps).
 - One stage of keys and two of values: keys are read at once and free again, values are held over a whole softmax. Keys
   and values have producers of their own, since either may have to wait while the other could go on.
-- With IN_STEP all programs start their w-th pair of blocks together. Programs that drift apart walk different parts of a
+- The two blocks of a pair share steps: what both list comes first and lies in the two rings in turn, loaded once. Two let go
+  of each stage: both warpgroups, or the one that reads it and, ahead, its producer. Before a pair that shares, the
+  warpgroups wait for each other, since the parity of a barrier tells a phase only from the one before and the one behind.
+- With IN_STEP all programs start every WAVES-th pair of blocks together. Programs that drift apart walk different parts of a
   head, which then falls out of the L2 cache where keys and values of a head exceed some 30 MB. IN_STEP is how often a
   program looks for the others before it goes on: one that is missing costs time and no hang.
 - Scores are masked with -inf only in steps that the plan marks; pads of equal tiles are masked by a constant.
