@@ -129,7 +129,7 @@ def check_walks(
     ("shape", "ordered", "chunk"),
     [
         *((shape, ordered, 2048) for shape in SHAPES for ordered in (True, False)),
-        *((shape, True, 4) for shape in ("edges", "even_120")),
+        *((shape, True, 8) for shape in ("edges", "even_120")),
     ],
 )
 def test_walks_meet_what_the_pattern_lists(
@@ -195,31 +195,32 @@ def pairs_of(
     return pairs, expected
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("overlap", "chunk", "least"), [(0.0, 256, 0.0), (0.5, 16, 0.0), (1.0, 256, 1 / 8)])
 @pytest.mark.parametrize("kind", ["even", "two_blocks", "sixty", "small", "mixed"])
-def test_partners_share_what_both_list(kind: str, overlap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partners_share_what_both_list(
+    kind: str, overlap: float, chunk: int, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks read each of their rows once, through two rings whose stages both partners let go of, whoever is late."""
     pattern = overlapping_pattern(kind, overlap)
     own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
-    for chunk, least in ((256, 1 / 8), (16, 0.0)):
-        monkeypatch.setattr(plan, "_MARK_CHUNK", chunk)
-        monkeypatch.setattr(plan, "_CHUNK", chunk)
-        monkeypatch.setattr(plan, "_LEAST_SHARED", least)
-        walks = plan.plan_queries(pattern, own, walked, 0, 2, 2)
-        check_walks(walks, pattern, own, walked)
-        if overlap == 1.0 or kind == "two_blocks":
-            assert int(walks.meta[:, : int(own.counts[1]), 6].sum()) > 0
-        for g, stages in ((0, (1, 2)), (1, (2, 2))):
-            pairs, expected = pairs_of(walks, g, own.counts, 1)
-            found = hopper_rings.simulate_forward(pairs, *stages, seed=g)
-            for steps, read in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
-                rows = list(itertools.chain(*steps))
-                assert rows[: len(read)] == read
-                # What fills up the last step.
-                assert len(rows) - len(read) < 5
-            pairs, expected = pairs_of(walks, g, own.counts, 2)
-            found = hopper_rings.simulate_dq(pairs, 3, seed=g)
-            assert [[list(itertools.chain(*halves)) for halves in found[wg]] for wg in (0, 1)] == expected
+    monkeypatch.setattr(plan, "_MARK_CHUNK", chunk)
+    monkeypatch.setattr(plan, "_CHUNK", chunk)
+    monkeypatch.setattr(plan, "_LEAST_SHARED", least)
+    walks = plan.plan_queries(pattern, own, walked, 0, 2, 2)
+    check_walks(walks, pattern, own, walked)
+    if overlap == 1.0 or kind == "two_blocks":
+        assert int(walks.meta[:, : int(own.counts[1]), 6].sum()) > 0
+    for g, stages in ((0, (1, 2)), (1, (2, 2))):
+        pairs, expected = pairs_of(walks, g, own.counts, 1)
+        found = hopper_rings.simulate_forward(pairs, *stages, seed=g)
+        for steps, read in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            rows = list(itertools.chain(*steps))
+            assert rows[: len(read)] == read
+            # What fills up the last step.
+            assert len(rows) - len(read) < 5
+        pairs, expected = pairs_of(walks, g, own.counts, 2)
+        found = hopper_rings.simulate_dq(pairs, 3, seed=g)
+        assert [[list(itertools.chain(*halves)) for halves in found[wg]] for wg in (0, 1)] == expected
 
 
 def test_the_model_of_rings_finds_a_standstill_and_a_wrong_phase() -> None:
