@@ -203,6 +203,11 @@ PIPELINES = {
         },
         [0, 0, 1, 1],
     ),
+    "flux 2": (
+        diffusers.Flux2Pipeline,
+        lambda: {"prompt_embeds": torch.randn(1, 7, 16), "height": 96, "width": 160},
+        [0, 0, 1, 1],
+    ),
 }
 
 
