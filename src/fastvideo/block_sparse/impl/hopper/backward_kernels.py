@@ -9,7 +9,9 @@ bits, and that is also faster: fp32 additions into dquery run at 1.6 TB/s, which
   and values. Pairs of blocks share steps as in the forward.
 - dkey and dvalue keep both results in registers (128 a thread) and keys and values in shared memory. Scores are held
   transposed, `[keys, queries]`. The ring holds queries, the output's gradient and, by a tensor copy too, a pair (base-2
-  log-sum-exp, delta) for each query: read from global memory by column they would not fit into registers.
+  log-sum-exp, delta) for each query: read from global memory by column they would not fit into registers. Products are sent
+  as early as their operands are there: dvalue's before the other scores are waited for, the scores of the next half step
+  behind dkey's, so that a warpgroup that waits has work under way.
 - Keys and values of a block are sent after the first stages of the ring, which are free before the block before it is
   written; in the other order every block exposes the latency of both.
 - Blocks with long walks come first within a head (`order`): walks of keys differ by how popular a tile is.
@@ -390,30 +392,38 @@ def _dkdv_consumer(owned, ring, work, tensors, WG: gl.constexpr, STAGES: gl.cons
             clean_halves = gl.load(p_meta + 2) * 2
             num_halves = gl.load(p_meta + 5)
             p_masks = masks + gl.where(s_plan > 0, i_query_head, 0).to(gl.int64) * s_masks + gl.load(p_meta + 1) - clean_halves
-            for i_half in range(num_halves):
-                i_stage = WG * STAGES + num_done % STAGES
-                word = 0
-                if i_half >= clean_halves:
-                    word = gl.load(p_masks + i_half)
-                mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
-                b_st = warpgroup_mma(k, q_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                b_dpt = warpgroup_mma(v, do_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                b_s = warpgroup_mma_wait(1, deps=(b_st,))
-                b_lse, _unused = _columns_of(stats_s.index(i_stage), columns)
-                b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
-                b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, 64)
-                b_po = gl.convert_layout(b_p.to(dtype), operand)
-                # Both numbers of a pair together do not fit into registers, and within one basic block the compiler would read
-                # them once: a wait that is over already begins another.
-                mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
-                _unused, b_delta = _columns_of(stats_s.index(i_stage), columns)
-                b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
-                b_dvt = warpgroup_mma(b_po, do_s.index(i_stage), b_dv, is_async=True)
-                b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype), operand)
-                b_dkt = warpgroup_mma(b_ds, q_s.index(i_stage), b_dk, is_async=True)
-                b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dkt, b_dvt))
-                mbarrier.arrive(empty.index(i_stage))
-                num_done += 1
+            if num_halves > 0:
+                i_first = WG * STAGES + num_done % STAGES
+                mbarrier.wait(full.index(i_first), (num_done // STAGES) & 1)
+                b_st = warpgroup_mma(k, q_s.index(i_first).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                b_s = warpgroup_mma_wait(0, deps=(b_st,))
+                for i_half in range(num_halves):
+                    i_stage = WG * STAGES + num_done % STAGES
+                    word = 0
+                    if i_half >= clean_halves:
+                        word = gl.load(p_masks + i_half)
+                    b_dpt = warpgroup_mma(v, do_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                    b_lse, _unused = _columns_of(stats_s.index(i_stage), columns)
+                    b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
+                    b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, 64)
+                    b_po = gl.convert_layout(b_p.to(dtype), operand)
+                    b_dvt = warpgroup_mma(b_po, do_s.index(i_stage), b_dv, is_async=True)
+                    # Both numbers of a pair together do not fit into registers, and within one basic block the compiler would
+                    # read them once: a wait that is over already begins another.
+                    mbarrier.wait(full.index(i_stage), (num_done // STAGES) & 1)
+                    b_dp = warpgroup_mma_wait(1, deps=(b_dpt,))
+                    _unused, b_delta = _columns_of(stats_s.index(i_stage), columns)
+                    b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype), operand)
+                    b_dkt = warpgroup_mma(b_ds, q_s.index(i_stage), b_dk, is_async=True)
+                    # Behind the last half step come the scores of some stage or other, which nobody reads.
+                    num_done += 1
+                    i_next = WG * STAGES + num_done % STAGES
+                    mbarrier.wait(full.index(i_next), (num_done // STAGES) & 1, pred=i_half + 1 < num_halves)
+                    b_st = warpgroup_mma(k, q_s.index(i_next).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                    b_dk, b_dv = warpgroup_mma_wait(1, deps=(b_dkt, b_dvt))
+                    mbarrier.arrive(empty.index(i_stage))
+                    # Across the turns of a loop a product must not be under way: ptxas would wait after each one.
+                    b_s = warpgroup_mma_wait(0, deps=(b_st,))
         i_b, i_h = ((first_head + i_head) // HEADS).to(gl.int64), (first_head + i_head) % HEADS
         o_token = i_block * 64 + o_row
         if row_token is not None:
