@@ -84,7 +84,14 @@ def test_tile_kernels_compile_for_hopper(place: str, tmp_path: Path) -> None:
 
     module_name, _, name = f"fastvideo.{place.split()[0]}".rpartition(".")
     module = importlib.import_module(module_name)
-    constants = {"HEAD_SIZE": 128, "TILE": 64, "ROWS": module._ROWS, "COLUMNS": module._COLUMNS, "D": 128}
+    kernel, num_warps = getattr(module, name), 4
+    if "TILE_T" in kernel.arg_names:
+        _, constants = pool_arguments(TileGrid((21, 45, 80), (4, 4, 4)), 120, 2)
+        num_warps = constants.pop("num_warps")
+        constants = {x: constants[x] for x in constants if x not in ("T", "Y", "X", "RUN")} | {"IS_SUM": True}
+    else:
+        constants = {"TILE": 64, "ROWS": module._ROWS, "COLUMNS": module._COLUMNS, "D": 128}
+    constants["HEAD_SIZE"] = 128
     if place.endswith("without dlse"):
         constants["dlse"] = None
     types = {"scale": "fp32", "order": "*i32", "offsets": "*i32", "sums": "*fp32", "mean_query": "*fp32", "mean_key": "*fp32"}
@@ -92,11 +99,6 @@ def test_tile_kernels_compile_for_hopper(place: str, tmp_path: Path) -> None:
     types |= dict.fromkeys(("x", "fine", "gate", "out", "dout", "dgate", "coarse", "dcoarse"), "*bf16")
     types["dlse"] = "*fp32"
     types |= {f"{part}{x}": "*bf16" for part in ("", "low_", "d", "dlow_") for x in tensors}
-    kernel, num_warps = getattr(module, name), 4
-    if "TILE_T" in kernel.arg_names:
-        _, constants = pool_arguments(TileGrid((21, 45, 80), (4, 4, 4)), 120, 2)
-        num_warps = constants.pop("num_warps")
-        constants = {"HEAD_SIZE": 128} | {x: constants[x] for x in constants if x not in ("T", "Y", "X", "RUN")}
     result = compile_triton(kernel, constants, types, tmp_path, strides="s_", num_warps=num_warps, num_stages=2)
     assert result.spilled <= SPILL_BUDGET
     assert not result.warnings

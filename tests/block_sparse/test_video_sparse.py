@@ -427,6 +427,8 @@ def test_ops() -> None:
         torch.library.opcheck(coarse_stage._means_op, (*three, grid_tyx, tile_tyx, 0.3))
     low = coarse_stage._means_op(*plain[:3], grid_tyx, tile_tyx, 0.3)[2:]
     torch.library.opcheck(coarse_stage._means_backward_op, (*low, grid_tyx, tile_tyx, query.shape[1], 0.3))
+    grads = [x.clone() for x in plain[:3]]
+    torch.library.opcheck(coarse_stage._add_gradients_op, (*grads, *low, grid_tyx, tile_tyx, 0.3))
     for opened in (plain[4], None):
         torch.library.opcheck(inference._whole_op, (*plain[:3], opened, grid_tyx, tile_tyx, num_replicated, 3, 0.3, "portable"))
     torch.library.opcheck(pooling._tile_expand_op, (coarse.detach(), grid_tyx, tile_tyx, torch.bfloat16))

@@ -150,6 +150,54 @@ def test_means_of_three_at_once(grid_tyx, tile_tyx, num_text, dtype, monkeypatch
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("in_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("num_text", [0, 3])
+@pytest.mark.parametrize(("grid_tyx", "tile_tyx"), CASES)
+def test_gradients_of_means_are_added_to_those_of_tokens(grid_tyx, tile_tyx, num_text, dtype, in_kernels, monkeypatch) -> None:
+    if not in_kernels:
+        monkeypatch.setattr(coarse, "_KERNEL_DTYPES", ())
+    layouts = geometry.video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu", num_text)
+    torch.manual_seed(0)
+    rows, tiles = layouts.grid.num_tokens + num_text, layouts.grid.num_tiles
+    leaves = [torch.randn(2, rows, heads, 40).to(dtype).requires_grad_() for heads in (6, 2, 2)]
+    means = coarse.tile_means(*leaves, layouts, -0.3)
+    assert all(torch.equal(x, leaf) for x, leaf in zip(means.tokens, leaves, strict=True))
+    dlow = [torch.randn(2, tiles, heads, 40).to(dtype) for heads in (6, 2, 2)]
+    dtokens = [torch.randn_like(x) for x in leaves]
+    alone = torch.autograd.grad(means.low, leaves, dlow, retain_graph=True)
+    given = [x.clone() for x in dtokens]
+    summed = torch.autograd.grad((*means.low, *means.tokens), leaves, (*dlow, *given), retain_graph=True)
+    for got, x, y in zip(summed, alone, dtokens, strict=True):
+        assert got.dtype == dtype
+        assert_within_budget(got, x.double() + y.double(), x + y)
+        assert torch.equal(got[:, layouts.grid.num_tokens :], y[:, layouts.grid.num_tokens :])
+    # Not all of them, or not so that they can be written to.
+    some = torch.autograd.grad((*means.low, means.tokens[1]), leaves, (*dlow, dtokens[1]), retain_graph=True)
+    assert torch.equal(some[0], alone[0])
+    assert_within_budget(some[1], alone[1].double() + dtokens[1].double(), alone[1] + dtokens[1])
+    strided = [x.clone().transpose(1, 2).contiguous().transpose(1, 2) for x in dtokens]
+    for got, x, y in zip(
+        torch.autograd.grad((*means.low, *means.tokens), leaves, (*dlow, *strided), retain_graph=True),
+        alone,
+        dtokens,
+        strict=True,
+    ):
+        assert_within_budget(got, x.double() + y.double(), x + y)
+    for got, y in zip(torch.autograd.grad(means.tokens, leaves, dtokens), dtokens, strict=True):
+        assert torch.equal(got, y)
+
+
+def test_one_tensor_as_query_key_and_value() -> None:
+    torch.manual_seed(0)
+    x, gate, dout = (torch.randn(1, 16, 2, 16) for _ in range(3))
+    attend = partial(video_sparse_attention, grid_tyx=(4, 2, 2), tile_tyx=(2, 2, 2), sparsity=0.5, gate=gate)
+    leaves = [x.clone().requires_grad_() for _ in range(3)]
+    expected = sum(torch.autograd.grad(attend(*leaves), leaves, dout))
+    same = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(attend(same, same, same), same, dout)[0], expected)
+
+
 def gate_inputs(grid: TileGrid, dtype: torch.dtype, head_size: int = 40) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
     shape = (2, grid.num_tokens, 3, head_size)

@@ -32,11 +32,14 @@ class TileMeans(NamedTuple):
         key: `[B, N, Hkv, D]`, likewise.
         low: What coarse attention multiplies, in the dtype of the tokens, differentiable: means of query times the scale, of
             key and of value; `()` where there is no gate.
+        tokens: Query, key and value again, for attention to take instead of those that were given: gradients that come back
+            through them are those that the means' are added to, in place; `()` where nothing is added.
     """
 
     query: Tensor
     key: Tensor
     low: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...] = ()
 
 
 def tile_means(query: Tensor, key: Tensor, value: Tensor | None, geometry: VideoGeometry, scale: float) -> TileMeans:
@@ -47,8 +50,8 @@ def tile_means(query: Tensor, key: Tensor, value: Tensor | None, geometry: Video
             mean_query, mean_key = _means_op(query, key, None, grid.grid_tyx, grid.tile_tyx, scale)[:2]
         return TileMeans(mean_query, mean_key, ())
     run = eager_function(_means_op, _EagerMeans, (query, key, value))
-    mean_query, mean_key, *low = run(query, key, value, grid.grid_tyx, grid.tile_tyx, scale)
-    return TileMeans(mean_query, mean_key, tuple(low))
+    mean_query, mean_key, *rest = run(query, key, value, grid.grid_tyx, grid.tile_tyx, scale)
+    return TileMeans(mean_query, mean_key, tuple(rest[:3]), tuple(rest[3:]))
 
 
 def lowered(means: Sequence[Tensor], scale: float, dtype: torch.dtype) -> TileMeans:
@@ -144,22 +147,11 @@ def _means_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, `[B, S + R, H, D]`, from those of the low means, `[B, N, H, D]`."""
-    geometry = geometry_of(grid_tyx, tile_tyx, dquery.device)
-    count, low = geometry.grid.num_tokens, (dquery, dkey, dvalue)
+    low, count = (dquery, dkey, dvalue), grid_tyx[0] * grid_tyx[1] * grid_tyx[2]
     grads = [x.new_empty(x.shape[0], num_rows, *x.shape[2:]) for x in low]
     for x in grads if num_rows > count else ():
         x[:, count:].zero_()
-    if _in_kernels(dquery):
-        from fastvideo.block_sparse.coarse_kernels import launch_means_backward
-
-        with device_of(dquery):
-            launch_means_backward([x.contiguous() for x in low], grads, geometry.video_tiles, scale)
-    else:
-        dtype = torch.float64 if dquery.dtype == torch.float64 else torch.float32
-        sizes = geometry.video_tiles.sizes[:, None, None]
-        for i, (x, grad) in enumerate(zip(low, grads, strict=True)):
-            share = (x.to(dtype) * scale if i == 0 else x.to(dtype)) / sizes
-            grad[:, :count] = share.to(x.dtype).index_select(1, geometry.tile_of_token)
+    _spread_gradients(low, grads, grid_tyx, tile_tyx, scale, is_sum=False)
     return grads[0], grads[1], grads[2]
 
 
@@ -176,12 +168,56 @@ def _(
     return tuple(x.new_empty(x.shape[0], num_rows, *x.shape[2:]) for x in (dquery, dkey, dvalue))
 
 
+@torch.library.custom_op("fastvideo::add_tile_means_backward", mutates_args=("dquery", "dkey", "dvalue"))
+def _add_gradients_op(
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    dlow_query: Tensor,
+    dlow_key: Tensor,
+    dlow_value: Tensor,
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    scale: float,
+) -> None:
+    """Add what `_means_backward_op` makes to gradients of tokens, contiguous `[B, S + R, H, D]`."""
+    low, grads = (dlow_query, dlow_key, dlow_value), (dquery, dkey, dvalue)
+    _spread_gradients(low, grads, grid_tyx, tile_tyx, scale, is_sum=True)
+
+
+def _spread_gradients(
+    low: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    grid_tyx: Sequence[int],
+    tile_tyx: Sequence[int],
+    scale: float,
+    *,
+    is_sum: bool,
+) -> None:
+    """Fill the video rows of `grads` with those of the means' gradients `low`, or add them."""
+    geometry = geometry_of(grid_tyx, tile_tyx, grads[0].device)
+    if _in_kernels(grads[0]):
+        from fastvideo.block_sparse.coarse_kernels import launch_means_backward
+
+        with device_of(grads[0]):
+            launch_means_backward([x.contiguous() for x in low], grads, geometry.grid, scale, is_sum=is_sum)
+        return
+    dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    sizes, count = geometry.video_tiles.sizes[:, None, None], geometry.grid.num_tokens
+    for i, (x, grad) in enumerate(zip(low, grads, strict=True)):
+        share = ((x.to(dtype) * scale if i == 0 else x.to(dtype)) / sizes).to(x.dtype).index_select(1, geometry.tile_of_token)
+        if is_sum:
+            grad[:, :count] += share
+        else:
+            grad[:, :count] = share
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[0], output[1])
     query, _, _, grid_tyx, tile_tyx, scale = inputs
     ctx.settings = (grid_tyx, tile_tyx, query.shape[1], scale)
-    ctx.likes = [(x.shape, x.dtype, x.device) for x in output[2:]]
+    ctx.likes = [(x.shape, x.dtype, x.device) for x in output[2:5]]
 
 
 def _differentiate(ctx: Any, _dmean_query: None, _dmean_key: None, *dlow: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -195,7 +231,31 @@ def _differentiate(ctx: Any, _dmean_query: None, _dmean_key: None, *dlow: Tensor
 
 
 _means_op.register_autograd(_differentiate, setup_context=_save)
-_EagerMeans = function_of(_means_op, _differentiate, _save)
+
+
+def _means_and_tokens(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    return *_means_op(query, key, value, *settings), query, key, value
+
+
+def _differentiate_with_tokens(
+    ctx: Any, dmean_query: None, dmean_key: None, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of tokens: those that have come back through them, with those of the means added where they lie."""
+    dlow, dtokens = grads[:3], grads[3:]
+    if all(x is None for x in dlow):
+        return *dtokens, None, None, None
+    # Custom ops make gradients that nothing else holds; a sum of them that autograd has made is such a one, too.
+    given = [x for x in dtokens if x is not None and x.is_contiguous()]
+    if len(given) < 3 or any(x is None for x in dlow) or torch.is_grad_enabled():
+        made = _differentiate(ctx, dmean_query, dmean_key, *dlow)
+        sums = (x if y is None else y if x is None else x + y for x, y in zip(made[:3], dtokens, strict=True))
+        return *sums, None, None, None
+    grid_tyx, tile_tyx, _, scale = ctx.settings
+    _add_gradients_op(*given, *dlow, grid_tyx, tile_tyx, scale)
+    return *given, None, None, None
+
+
+_EagerMeans = function_of(_means_and_tokens, _differentiate_with_tokens, _save)
 
 
 def _in_kernels(x: Tensor) -> bool:

@@ -14,11 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvideo.block_sparse.pattern import TileLayout
 from fastvideo.video import TileGrid
-from fastvideo.video.pooling_kernels import num_column_blocks, pool_arguments, pool_run
-
-_ROWS, _COLUMNS = 16, 128
+from fastvideo.video.pooling_kernels import num_column_blocks, pool_arguments, pool_run, quotient
 
 
 @triton.jit(do_not_specialize=["T", "Y", "X", "RUN", "HEADS", "KV_HEADS"])
@@ -78,40 +75,7 @@ def tile_means_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _spread_gradient(
-    dmean,
-    dx,
-    order,
-    offsets,
-    s_b,
-    factor,
-    i_block,
-    HEADS,
-    NUM_TILES,
-    HEAD_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Give each token of one tile its share of the gradient of `factor` times the mean."""
-    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
-    num_columns = HEADS * HEAD_SIZE
-    m_column = o_column < num_columns
-    i_start, i_end = tl.load(offsets + i_tile), tl.load(offsets + i_tile + 1)
-    b_dmean = tl.load(dmean + (i_b * NUM_TILES + i_tile) * num_columns + o_column, mask=m_column, other=0.0).to(tl.float32)
-    b_share = tl.div_rn(b_dmean * factor, tl.zeros([COLUMNS], tl.float32) + (i_end - i_start).to(tl.float32))
-    b_dx = tl.zeros([ROWS, COLUMNS], dx.dtype.element_ty) + b_share.to(dx.dtype.element_ty)[None, :]
-    for i_first in range(0, TILE, ROWS):
-        o_row = i_start + i_first + tl.arange(0, ROWS)
-        m_row = o_row < i_end
-        o_token = o_row if order is None else tl.load(order + o_row, mask=m_row, other=0)
-        p_dx = dx + i_b * s_b + o_token.to(tl.int64)[:, None] * num_columns + o_column[None, :]
-        tl.store(p_dx, b_dx, mask=m_row[:, None] & m_column[None, :])
-
-
-@triton.jit(do_not_specialize=["NUM_TILES", "HEADS", "KV_HEADS"])
+@triton.jit(do_not_specialize=["T", "Y", "X", "RUN", "HEADS", "KV_HEADS"])
 def tile_means_bwd_kernel(
     dlow_query,
     dlow_key,
@@ -119,37 +83,67 @@ def tile_means_bwd_kernel(
     dquery,
     dkey,
     dvalue,
-    order,
-    offsets,
     s_qb,
     s_kb,
     scale,
-    NUM_TILES,
+    T,
+    Y,
+    X,
+    RUN,
     HEADS,
     KV_HEADS,
+    IS_SUM: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Gradients of tokens from contiguous ones of the low means; `s_qb` and `s_kb` lead from one sample to the next."""
-    i_block = tl.program_id(1)
+    """Gradients of tokens from contiguous ones of the low means, added to what is there if `IS_SUM`.
+
+    `s_qb` and `s_kb` lead from one sample of the tokens' gradients, whose rows are contiguous, to the next.
+    """
     num_query, num_key = tl.cdiv(HEADS * HEAD_SIZE, COLUMNS), tl.cdiv(KV_HEADS * HEAD_SIZE, COLUMNS)
-    if i_block < num_query:
-        _spread_gradient(
-            dlow_query, dquery, order, offsets, s_qb, scale,
-            i_block, HEADS, NUM_TILES, HEAD_SIZE, TILE, ROWS, COLUMNS,
-        )  # fmt: skip
-    elif i_block < num_query + num_key:
-        _spread_gradient(
-            dlow_key, dkey, order, offsets, s_kb, 1.0,
-            i_block - num_query, KV_HEADS, NUM_TILES, HEAD_SIZE, TILE, ROWS, COLUMNS,
-        )  # fmt: skip
-    else:
-        _spread_gradient(
-            dlow_value, dvalue, order, offsets, s_kb, 1.0,
-            i_block - num_query - num_key, KV_HEADS, NUM_TILES, HEAD_SIZE, TILE, ROWS, COLUMNS,
-        )  # fmt: skip
+    num_blocks = num_query + 2 * num_key
+    i_run, i_block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    is_key, is_value = i_block >= num_query, i_block >= num_query + num_key
+    dlow, dx = dlow_query, dquery
+    if is_key:
+        dlow, dx = dlow_key, dkey
+    if is_value:
+        dlow, dx = dlow_value, dvalue
+    i_block -= tl.where(is_key, num_query, 0) + tl.where(is_value, num_key, 0)
+    factor = tl.where(is_key, 1.0, scale)
+    i_b = tl.program_id(1).to(tl.int64)
+    num_y, num_x = tl.cdiv(Y, TILE_Y), tl.cdiv(X, TILE_X)
+    num_runs = tl.cdiv(num_x, RUN)
+    i_ty, i_first = i_run // num_runs, i_run % num_runs * RUN
+    i_t, i_y = i_ty // num_y * TILE_T, i_ty % num_y * TILE_Y
+    o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
+    # The product with a constant tells the compiler that the mask is the same for neighbours: loads are 16 bytes wide.
+    num_columns = tl.where(is_key, KV_HEADS, HEADS) * HEAD_SIZE
+    m_column = o_column < num_columns
+    p_dx = dx + i_b * tl.where(is_key, s_kb, s_qb) + o_column
+    p_dx += ((i_t * Y + i_y).to(tl.int64) * X + i_first * TILE_X) * num_columns
+    p_dlow = dlow + (i_b * tl.cdiv(T, TILE_T) * num_y + i_ty) * num_x * num_columns + o_column
+    num_rows = tl.minimum(TILE_T, T - i_t) * tl.minimum(TILE_Y, Y - i_y)
+    for i_x in tl.range(i_first, tl.minimum(i_first + RUN, num_x), num_stages=STAGES):
+        b_dlow = tl.load(p_dlow + i_x * num_columns, mask=m_column, other=0.0).to(tl.float32)
+        num_tokens = num_rows * tl.minimum(TILE_X, X - i_x * TILE_X)
+        b_share = quotient(b_dlow * factor, num_tokens.to(tl.float32))
+        for i_row in tl.static_range(0, TILE_T * TILE_Y * TILE_X, ROWS):
+            o_row = i_row + tl.arange(0, ROWS)
+            o_t, o_y, o_x = o_row // (TILE_Y * TILE_X), o_row // TILE_X % TILE_Y, o_row % TILE_X
+            m_row = (o_t < tl.minimum(TILE_T, T - i_t)) & (o_y < Y - i_y) & (o_x < X - i_x * TILE_X)
+            p_row = p_dx[None, :] + (((o_t * Y + o_y) * X + o_x).to(tl.int64) * num_columns)[:, None]
+            m_block = m_row[:, None] if HEAD_SIZE % COLUMNS == 0 else m_row[:, None] & m_column[None, :]
+            b_dx = tl.zeros([ROWS, COLUMNS], tl.float32) + b_share[None, :]
+            if IS_SUM:
+                b_dx = tl.load(p_row, mask=m_block, other=0.0).to(tl.float32) + b_share[None, :]
+            tl.store(p_row, b_dx.to(dx.dtype.element_ty), mask=m_block)
+        p_dx += TILE_X * num_columns
 
 
 def launch_means(
@@ -177,24 +171,22 @@ def launch_means(
     )
 
 
-def launch_means_backward(dlow: Sequence[Tensor], grads: Sequence[Tensor], layout: TileLayout, scale: float) -> None:
-    """Fill the rows of `layout` in `grads`, contiguous `[B, S + R, H, D]`, from contiguous `dlow`, `[B, N, H, D]` each."""
+def launch_means_backward(
+    dlow: Sequence[Tensor], grads: Sequence[Tensor], grid: TileGrid, scale: float, *, is_sum: bool
+) -> None:
+    """Fill the tokens of `grid` in `grads` from `dlow`, `[B, N, H, D]`, or add to them; all are contiguous."""
     query, key = grads[:2]
-    query_blocks, key_blocks = (-(-x.shape[2] * x.shape[3] // _COLUMNS) for x in (query, key))
-    tile_means_bwd_kernel[(layout.num_tiles, query_blocks + 2 * key_blocks, query.shape[0])](
+    num_blocks = num_column_blocks(query) + 2 * num_column_blocks(key)
+    num_runs, arguments = pool_arguments(grid, num_blocks * query.shape[0], query.itemsize)
+    tile_means_bwd_kernel[(num_runs * num_blocks, query.shape[0])](
         *dlow,
         *grads,
-        layout.order,
-        layout.offsets,
         query.stride(0),
         key.stride(0),
         float(scale),
-        NUM_TILES=layout.num_tiles,
         HEADS=query.shape[2],
         KV_HEADS=key.shape[2],
+        IS_SUM=is_sum,
         HEAD_SIZE=query.shape[3],
-        TILE=layout.max_size,
-        ROWS=min(_ROWS, 1 << (layout.max_size - 1).bit_length()),
-        COLUMNS=_COLUMNS,
-        num_warps=4,
+        **arguments | {"num_warps": 4},
     )

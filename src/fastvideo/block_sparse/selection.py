@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvideo.platforms.triton_support import device_of, runs_triton
 
 # Scores, and what is made of them, exist for so many bytes of rows at a time.
-_SCRATCH_BYTES = 64 << 20
+_SCRATCH_BYTES = 192 << 20
 # Longer rows don't fit into the registers of one program.
 _MAX_KERNEL_COLUMNS = 16_384
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _BLOCK_KEYS, _BLOCK_D, _WARPS, _STAGES = 64, 64, 64, 4, 2
+_BLOCK, _BLOCK_KEYS, _BLOCK_D, _WARPS, _STAGES = 64, 128, 64, 4, 1
 # Cuts that may be guessed before the interval is halved: all floats take 32 halvings.
 _NUM_GUESSES = tl.constexpr(16)
 # Ranks of NaN, below that of -inf, and of what is above inf.

@@ -164,6 +164,7 @@ def _run(
         means = lowered(pooled[:2] if gate is None else pooled, scale, query.dtype)
     else:
         means = tile_means(query, key, None if gate is None else value, geometry, scale)
+        query, key, value = means.tokens or (query, key, value)
     coarse = None if gate is None else coarse_attention(means.low)
     if is_dense and gate is not None and coarse is not None:
         return add_gated_tiles(_dense_stage(query, key, value, scale), coarse, gate, geometry)

@@ -25,7 +25,7 @@ _NUM_PROGRAMS = 6144
 
 
 @triton.jit
-def _quotient(b_dividend, divisor):
+def quotient(b_dividend, divisor):
     """The dividend over a whole divisor below 2 ** 18, rounded to nearest; infinity stays what it is.
 
     Newton's step makes the reciprocal exact to the last bit, and another the quotient (Markstein 1990), which costs less than
@@ -99,7 +99,7 @@ def pool_run(
         o_to = i_x * num_columns + o_tile
         if total is not None:
             tl.store(total + o_to, b_total, mask=m_column)
-        b_mean = _quotient(b_total, tl.where(i_x == num_x - 1, last_size, size))
+        b_mean = quotient(b_total, tl.where(i_x == num_x - 1, last_size, size))
         if mean is not None:
             tl.store(mean + o_to, b_mean, mask=o_column < tl.where(has_mean, num_columns, 0))
         if low is not None:
