@@ -1,7 +1,8 @@
 """Where the time of a whole Video Sparse Attention layer goes on a GPU: its stages, and its kernels one by one.
 
 The coarse stage is everything before the fine part: means of query, key and value, coarse scores and choice of tiles, coarse
-attention. Each stage is timed by itself (`do_bench`, median), the kernels in calls of the whole layer, one after the other.
+attention, called as the layer calls them where no gradient is needed, inside its one custom op. Each stage is timed by itself
+(`do_bench`, median), the kernels in calls of the whole layer, one after the other.
 
 Example:
     python benchmarks/vsa_stages.py wan2.1-1.3b-480p wan2.1-14b-720p --json result.json
@@ -21,9 +22,9 @@ import torch
 from fastvideo.benchmark.inputs import make_inputs
 from fastvideo.benchmark.measure import describe_run, kernel_ms, median_ms, sm_clock_mhz
 from fastvideo.benchmark.shapes import SHAPES, BenchmarkShape, shape_named
-from fastvideo.block_sparse import num_kept_tiles, video_geometry, video_sparse_attention
-from fastvideo.block_sparse.coarse import coarse_attention, tile_means
-from fastvideo.block_sparse.selection import select_tiles
+from fastvideo.block_sparse import num_kept_tiles, video_sparse_attention
+from fastvideo.block_sparse.coarse import coarse_attention, make_means
+from fastvideo.block_sparse.selection import choose_tiles
 from fastvideo.video import TileGrid
 from fastvideo.video.choose_tile import resolve_tile
 
@@ -34,29 +35,29 @@ def stages(shape: BenchmarkShape, tile_tyx: tuple[int, int, int], impl: str | No
     """The stages of a layer by name, on random inputs."""
     inputs = make_inputs(shape, "random", torch.bfloat16, DEVICE)
     grid = TileGrid(shape.grid_tyx, tile_tyx)
-    geometry = video_geometry(grid, DEVICE)
     num_kept, scale = num_kept_tiles(grid.num_tiles, shape.sparsity), shape.head_size**-0.5
     query, key, value, gate = inputs.leaves(has_gate=True, needs_grad=False)
     leaves = inputs.leaves(has_gate=True, needs_grad=True)
     layer = partial(video_sparse_attention, grid_tyx=shape.grid_tyx, sparsity=shape.sparsity, tile_tyx=tile_tyx, impl=impl)
     out = layer(*leaves[:3], gate=leaves[3])
-    means = tile_means(query, key, value, geometry, scale)
-    mean_leaves = [x.detach().requires_grad_() for x in means.low]
+    make = partial(make_means, query, key, value, shape.grid_tyx, tile_tyx, scale)
+    mean_query, mean_key, *low = make()
+    mean_leaves = [x.detach().requires_grad_() for x in low]
     coarse = coarse_attention(mean_leaves)
     dcoarse = torch.randn_like(coarse)
 
     def coarse_stage() -> None:
-        means = tile_means(query, key, value, geometry, scale)
-        coarse_attention(means.low)
-        select_tiles(means.query, means.key, num_kept, scale)
+        mean_query, mean_key, *low = make()
+        choose_tiles(mean_query, mean_key, num_kept, scale)
+        coarse_attention(low)
 
     return {
         "layer forward": torch.no_grad()(partial(layer, query, key, value, gate=gate)),
         "layer backward": partial(torch.autograd.grad, out, leaves, inputs.dout, retain_graph=True),
         "coarse stage": coarse_stage,
-        "  means": partial(tile_means, query, key, value, geometry, scale),
-        "  scores and choice": partial(select_tiles, means.query, means.key, num_kept, scale),
-        "  coarse attention": partial(coarse_attention, means.low),
+        "  means": make,
+        "  scores and choice": partial(choose_tiles, mean_query, mean_key, num_kept, scale),
+        "  coarse attention": partial(coarse_attention, low),
         "  its backward": partial(torch.autograd.grad, coarse, mean_leaves, dcoarse, retain_graph=True),
     }
 
