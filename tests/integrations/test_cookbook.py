@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 
 from fastvideo.attention import DistributedAttention_VSA
 from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
@@ -38,8 +39,10 @@ def test_the_example_on_the_first_page_runs() -> None:
     assert plan_of(namespace["transformer"]).boundaries == (5,)
 
 
-def test_the_page_on_diffusers_runs_from_top_to_bottom(capsys) -> None:
+def test_the_page_on_diffusers_runs_from_top_to_bottom(capsys, monkeypatch) -> None:
     torch._dynamo.reset()
+    fusion = inductor_config.triton.mix_order_reduction
+    monkeypatch.setattr(inductor_config.triton, "mix_order_reduction", fusion)  # put back what the page changes
     namespace = {"__name__": "example"}
     shown = ""
     for number, code in enumerate(examples("diffusers.md")):
