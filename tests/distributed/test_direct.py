@@ -68,7 +68,8 @@ class ThreadMemory:
     def __init__(self, shared: Shared, rank: int, capacity: int) -> None:
         self.rank, self.capacity, self._shared = rank, capacity, shared
         shared.memory[rank] = torch.full((capacity,), 255, dtype=torch.uint8)
-        self.copies, self.own, self._caller = ThreadStream(rank), ThreadStream(rank + 9), Caller()
+        self.copies, self.own, self.words = (ThreadStream(rank + seed) for seed in (0, 9, 99))
+        self._caller = Caller()
         self.num_grown = 0
         self.waited: list[tuple[int, int]] = []
 
@@ -79,7 +80,7 @@ class ThreadMemory:
     def grow(self, capacity: int, waits: Sequence[tuple[int, int]]) -> None:
         for peer, number in waits:
             self.wait_read(self._caller, peer, number)
-        for stream in (self.copies, self.own):
+        for stream in (self.copies, self.own, self.words):
             self.after(self._caller, self.mark(stream))
         self._shared.growing.wait(TIMEOUT)
         self.capacity = capacity

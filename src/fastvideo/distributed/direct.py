@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastvideo.distributed.recipes import Layout, fetching, sending
+from fastvideo.distributed.recipes import Layout, Piece, fetching, sending
 from fastvideo.distributed.regions import LEAST_CAPACITY, Regions
 from fastvideo.distributed.routes import Route
 from fastvideo.distributed.rows import Form, Move, copy_wide
@@ -43,6 +43,7 @@ class PeerMemory(Protocol):
         addresses: Where that of each rank starts.
         copies: A stream for copies between devices.
         own: A stream for copies that stay on this one.
+        words: A stream for words that are to hold up nothing.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class PeerMemory(Protocol):
     addresses: tuple[int, ...]
     copies: Any
     own: Any
+    words: Any
 
     def grow(self, capacity: int, waits: Sequence[tuple[int, int]]) -> None:
         """Replace the memory by one of `capacity` bytes once these peers have read up to these exchanges; a collective call.
@@ -99,23 +101,22 @@ class PeerMemory(Protocol):
         ...
 
 
-class _Coming:
+class _Coming(NamedTuple):
     """What is on its way to this rank, or lent to it.
 
     Attributes:
         received: The tensors that it completes.
-        done: A mark of this rank's part in the exchange.
+        done: A mark of when it is complete.
+        sent: A mark of when this rank has sent what it sends.
         sources: What copy engines read meanwhile, which must not be given to others before they have.
-        number: Of an exchange by sending.
-        senders: Peers whose word is still to be waited for.
-        own: A mark of what stays on this rank, still to be waited for.
+        lent: Number of an exchange by sending; 0 where what is received is this rank's for good.
     """
 
-    def __init__(self, received: Sequence[torch.Tensor], done: Any, sources: Sequence[torch.Tensor]) -> None:
-        self.received, self.done, self.sources = received, done, sources
-        self.number = 0
-        self.senders: tuple[int, ...] = ()
-        self.own: Any = None
+    received: Sequence[torch.Tensor]
+    done: Any
+    sent: Any
+    sources: Sequence[torch.Tensor]
+    lent: int = 0
 
 
 class Sent(NamedTuple):
@@ -173,36 +174,38 @@ class DirectExchange:
             received = (into,) if into is not None else tuple(map(torch.Tensor.new_empty, tensors, recipe.shapes))
             bases = _bases(tensors, received, memory.addresses, claim.start)
             current, copies = memory.current(), memory.copies
-            is_beside = is_hidden and all(piece.moves is not None for piece in recipe.packs)
-            packing = copies if is_beside else current
-            if is_beside:
-                memory.after(copies, memory.mark(current))
-            for peer, number in claim.waits:
-                memory.wait_read(packing, peer, number)
-            for piece in recipe.packs:
-                if piece.moves is not None and (is_beside or piece.is_plain):
-                    memory.copy(packing, piece.moves, bases)
-                else:
-                    staging = memory.view(tensors[piece.source.base].dtype)
-                    copy_wide(_tensor(piece.target, staging, claim.start), _tensor(piece.source, tensors[piece.source.base]))
             for piece in recipe.own:
                 if piece.moves is None:
-                    target = received[piece.target.base - len(tensors)]
-                    copy_wide(_tensor(piece.target, target), _tensor(piece.source, tensors[piece.source.base]))
-            ready = memory.mark(current)
-            memory.after(copies, ready)
-            for reader in recipe.readers:
-                memory.write_written(copies, reader, claim.number)
-            own = self._copy_own(memory, [move for piece in recipe.own for move in piece.moves or ()], bases, ready)
+                    _copy_by_kernel(piece, tensors, received[piece.target.base - len(tensors)])
+            # What is received takes memory that kernels before may still use.
+            memory.after(copies, memory.mark(current))
+            is_beside = is_hidden and all(piece.moves is not None for _, pieces in recipe.packs for piece in pieces)
+            packing = copies if is_beside else current
+            _wait_for_readers(memory, packing, claim.waits)
+            for readers, pieces in recipe.packs:
+                for piece in pieces:
+                    if piece.moves is not None and (is_beside or piece.is_plain):
+                        memory.copy(packing, piece.moves, bases)
+                    else:
+                        staging = memory.view(tensors[piece.source.base].dtype)
+                        _copy_by_kernel(piece, tensors, staging, claim.start)
+                memory.after(memory.words, memory.mark(packing))
+                for reader in readers:
+                    memory.write_written(memory.words, reader, claim.number)
+            own = [move for piece in recipe.own for move in piece.moves or ()]
+            if own:
+                memory.after(memory.own, memory.mark(current))
+                memory.copy(memory.own, own, bases)
             for peer, moves in recipe.fetches:
                 memory.wait_written(copies, peer, claim.number)
                 memory.copy(copies, moves, bases)
+            if own:
+                memory.after(copies, memory.mark(memory.own))
+            done = memory.mark(copies)
+            for peer, _ in recipe.fetches:
                 memory.write_read(copies, peer, claim.number)
-            if own is not None:
-                memory.after(copies, own)
-            coming = _Coming(received, memory.mark(copies), tensors)
-            if not self._await(coming):
-                memory.after(current, coming.done)
+            if not self._await(_Coming(received, done, done, tensors)):
+                memory.after(current, done)
         return received
 
     def send(self, tensors: Sequence[torch.Tensor], routes: Sequence[Route]) -> Sent:
@@ -220,43 +223,34 @@ class DirectExchange:
         if recipe is None:
             raise ValueError(f"expected parts that copy engines take, got {[tuple(x.shape) for x in tensors]} by {routes}")
         with self._lock, memory.guard():
-            lent_from = self._lent[0].number if self._lent else None
+            lent_from = self._lent[0].lent if self._lent else None
             claim = self._landed.claim(recipe.length, recipe.readers, memory.capacity, self._grow_landing, lent_from)
             received = tuple(
                 [_tensor(form, memory.view(x.dtype), claim.start) for form, x in zip(recipe.received, tensors, strict=True)]
             )
             bases = _bases(tensors, received, memory.addresses, claim.start)
-            copies, ready = memory.copies, memory.mark(memory.current())
+            copies, own, ready = memory.copies, memory.own, memory.mark(memory.current())
             memory.after(copies, ready)
-            for peer, number in claim.waits:
-                memory.wait_read(copies, peer, number)
+            _wait_for_readers(memory, copies, claim.waits)
             for peer, moves in recipe.sends:
                 memory.copy(copies, moves, bases)
                 memory.write_written(copies, peer, claim.number)
-            own = self._copy_own(memory, recipe.own, bases, ready)
-            coming = _Coming(received, memory.mark(copies), tensors)
-            coming.number, coming.senders, coming.own = claim.number, recipe.senders, own
+            memory.after(own, ready)
+            memory.copy(own, recipe.own, bases)
+            for sender in recipe.senders:
+                memory.wait_written(own, sender, claim.number)
+            coming = _Coming(received, memory.mark(own), memory.mark(copies), tensors, claim.number)
             self._await(coming)
             self._lent.append(coming)
         return Sent(received, claim.number)
 
     def finish(self, received: torch.Tensor) -> bool:
         """Let what comes next on this stream wait until `received` is complete; return whether it was on its way."""
-        coming = self._coming.get(received.data_ptr()) if received.numel() else None
+        coming = self._coming.pop(received.data_ptr(), None) if received.numel() else None
         if coming is None:
             return False
-        memory = self._landing if coming.number else self._staging
-        current = memory.current()
-        if not coming.number:
-            del self._coming[received.data_ptr()]
-            memory.after(current, coming.done)
-            return True
-        with memory.guard():
-            for sender in coming.senders:
-                memory.wait_written(current, sender, coming.number)
-            if coming.own is not None:
-                memory.after(current, coming.own)
-        coming.senders, coming.own = (), None
+        memory = self._landing if coming.lent else self._staging
+        memory.after(memory.current(), coming.done)
         return True
 
     def give_back(self, number: int) -> None:
@@ -264,20 +258,19 @@ class DirectExchange:
         memory = self._landing
         with self._lock, memory.guard():
             current = memory.current()
-            while self._lent and self._lent[0].number <= number:
+            while self._lent and self._lent[0].lent <= number:
                 coming = self._lent.popleft()
                 # What was sent is the caller's again.
-                memory.after(current, coming.done)
+                memory.after(current, coming.sent)
                 for x in coming.received:
                     self._coming.pop(x.data_ptr(), None)
+            memory.after(memory.words, memory.mark(current))
             for peer in self._peers:
-                memory.write_read(current, peer, number)
+                memory.write_read(memory.words, peer, number)
 
     def _grow_landing(self, capacity: int, _waits: Sequence[tuple[int, int]]) -> None:
-        """Replace the memory in which others' parts land. What is lent keeps the old one, and has arrived there."""
+        """Replace the memory in which others' parts land. What is lent stays in the old one, where all of it has arrived."""
         self._landing.grow(capacity, ())
-        for coming in self._lent:
-            coming.senders, coming.own = (), None
 
     def _await(self, coming: _Coming) -> bool:
         """Remember what is on its way by its address; return whether there is any."""
@@ -285,14 +278,21 @@ class DirectExchange:
         self._coming |= found
         return len(found) > 0
 
-    @staticmethod
-    def _copy_own(memory: PeerMemory, moves: Sequence[Move], bases: Sequence[int], ready: Any) -> Any:
-        """Copy what stays on this rank beside all else, and return a mark of it."""
-        if not moves:
-            return None
-        memory.after(memory.own, ready)
-        memory.copy(memory.own, moves, bases)
-        return memory.mark(memory.own)
+
+def _wait_for_readers(memory: PeerMemory, stream: Any, waits: Sequence[tuple[int, int]]) -> None:
+    """Let what comes next on a stream wait until a region was read.
+
+    A word takes a stream some microseconds even where it has come, so that one waits that has nothing else to do.
+    """
+    for peer, number in waits:
+        memory.wait_read(memory.words, peer, number)
+    if waits:
+        memory.after(stream, memory.mark(memory.words))
+
+
+def _copy_by_kernel(piece: Piece, tensors: Sequence[torch.Tensor], target: torch.Tensor, start: int = 0) -> None:
+    """Copy what copy engines can't take, or what they would take longer for."""
+    copy_wide(_tensor(piece.target, target, start), _tensor(piece.source, tensors[piece.source.base]))
 
 
 def _layouts(tensors: Sequence[torch.Tensor]) -> tuple[Layout, ...]:

@@ -47,7 +47,7 @@ class Fetching(NamedTuple):
     Attributes:
         length: Bytes of the region that every rank packs for its peers.
         readers: Peers that fetch from this rank.
-        packs: What goes to this rank's region.
+        packs: What goes to this rank's region, and who waits for it; those who fetch from this rank first come first.
         own: What stays on this rank.
         fetches: What this rank fetches, by peer, next rank first.
         shapes: Of what is received.
@@ -55,7 +55,7 @@ class Fetching(NamedTuple):
 
     length: int
     readers: tuple[int, ...]
-    packs: tuple[Piece, ...]
+    packs: tuple[tuple[tuple[int, ...], tuple[Piece, ...]], ...]
     own: tuple[Piece, ...]
     fetches: tuple[tuple[int, tuple[Move, ...]], ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -96,14 +96,15 @@ def fetching(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int, 
     """
     size, num = len(routes[0].counts), len(routes)
     peers = [(rank + distance) % size for distance in range(1, size)]
-    packs: list[Piece] = []
+    packs: dict[int, list[Piece]] = {peer: [] for peer in reversed(peers)}
     own: list[Piece] = []
     fetches: dict[int, list[Move]] = {peer: [] for peer in peers}
     shapes: list[tuple[int, ...]] = []
     start = 0
     for number, (route, layout) in enumerate(zip(routes, layouts, strict=True)):
         places = _places(route.counts, route.is_gather)
-        packs += _packs(Form(number, 0, *layout), route, rank, 2 * num + rank, start)
+        for peer, pieces in _packs(Form(number, 0, *layout), route, rank, 2 * num + rank, start).items():
+            packs[peer] += pieces
         shapes.append(_shape(route))
         room = contiguous(num + number, 0, shapes[-1], layout.item) if into is None else Form(num + number, 0, *into)
         for target, (first, last) in zip(_parts_of(room, route, rank), route.send.parts[rank], strict=True):
@@ -119,10 +120,12 @@ def fetching(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int, 
                 fetches[peer] += found
                 place += math.prod(target.shape) * layout.item
         start += aligned(max(places.packed) * layout.item)
+    readers = tuple([peer for peer in packs if any(route.counts[rank][peer] for route in routes)])
+    together = all(route.is_gather for route in routes)
     return Fetching(
         start,
-        tuple([peer for peer in peers if any(route.counts[rank][peer] for route in routes)]),
-        tuple(packs),
+        readers,
+        ((readers, tuple(packs[peers[-1]])),) if together else tuple([((peer,), tuple(packs[peer])) for peer in readers]),
         tuple([piece for piece in own if piece.moves != ()]),
         tuple([(peer, tuple(found)) for peer, found in fetches.items() if found]),
         tuple(shapes),
@@ -174,20 +177,22 @@ def sending(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int) -
     )
 
 
-def _packs(x: Form, route: Route, rank: int, base: int, start: int) -> list[Piece]:
-    """Return what peers need of `x`, and where in this rank's region it goes, part after part."""
+def _packs(x: Form, route: Route, rank: int, base: int, start: int) -> dict[int, list[Piece]]:
+    """Return what each peer needs of `x`, and where in this rank's region it goes."""
+    size = len(route.counts)
+    packs: dict[int, list[Piece]] = {(rank + distance) % size: [] for distance in range(1, size)}
     if route.is_gather:
         whole = contiguous(base, start, x.shape, x.item)
-        return [Piece(whole, x, moves(whole, x))] if math.prod(x.shape) else []
-    packs, size = [], len(route.counts)
+        packs[(rank - 1) % size] += [Piece(whole, x, moves(whole, x))] if math.prod(x.shape) else []
+        return packs
     places = _places(route.counts, route.is_gather).of[rank]
-    for peer in [(rank + distance) % size for distance in range(1, size)]:
+    for peer, pieces in packs.items():
         position = start + places[peer] * x.item
         for first, last in route.send.parts[peer]:
             piece = narrowed(x, route.send.dim, first, last)
             target = contiguous(base, position, piece.shape, x.item)
             if math.prod(piece.shape):
-                packs.append(Piece(target, piece, moves(target, piece)))
+                pieces.append(Piece(target, piece, moves(target, piece)))
             position += math.prod(piece.shape) * x.item
     return packs
 

@@ -72,6 +72,7 @@ class SymmetricMemory:
         addresses: Where that of each rank starts.
         copies: The stream of copies between devices.
         own: The stream of copies that stay on this one.
+        words: The stream of words that are to hold up nothing.
     """
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup, capacity: int, driver: Driver) -> None:
@@ -79,6 +80,7 @@ class SymmetricMemory:
         self._device, self._size, self._driver = device, group.size(), driver
         self.copies: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self.own: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.words: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._last_waited = 0
         self._allocate(capacity)
 
@@ -119,7 +121,7 @@ class SymmetricMemory:
             for peer, number in waits:
                 self.wait_read(stream, peer, number)
             # Then this rank has copied all it is to copy, and so have its peers.
-            for busy in (self.copies, self.own, stream):
+            for busy in (self.copies, self.own, self.words, stream):
                 busy.synchronize()
             self._allocate(capacity)
 
