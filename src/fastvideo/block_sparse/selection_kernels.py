@@ -106,15 +106,24 @@ def _guess_cut(i_low, i_high, num_low, num_high, low_weight, high_weight, cut, s
 
 
 @triton.jit
-def _write_reaching(p_row, s_row, p_index, low, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
-    """Indices of the scores of a row that reach `low`, of which there are as many as wanted."""
+def _write_reaching(p_row, s_row, p_index, low, COLUMNS: tl.constexpr, PIECES: tl.constexpr, BITS: tl.constexpr):
+    """Indices of the scores of a row that reach `low`, of which there are as many as wanted.
+
+    One scan counts in several pieces at a time, in BITS bits each.
+    """
+    o_column = tl.arange(0, COLUMNS)
     num_before = 0
-    for i_first in range(0, PIECES * COLUMNS, COLUMNS):
-        o_column = i_first + tl.arange(0, COLUMNS)
-        m_kept = tl.load(p_row + o_column, mask=o_column < s_row, other=float("nan")) >= low
-        b_kept = m_kept.to(tl.int32)
-        tl.store(p_index + (num_before - 1 + tl.cumsum(b_kept, 0)), o_column, mask=m_kept)
-        num_before += tl.sum(b_kept, 0)
+    for i_first in range(0, PIECES * COLUMNS, 31 // BITS * COLUMNS):
+        b_kept = tl.zeros([COLUMNS], tl.int32)
+        for i in tl.static_range(0, 31 // BITS):
+            o_piece = i_first + i * COLUMNS + o_column
+            m_kept = tl.load(p_row + o_piece, mask=o_piece < s_row, other=float("nan")) >= low
+            b_kept += m_kept.to(tl.int32) << (i * BITS)
+        b_counts, num_kept = tl.cumsum(b_kept, 0), tl.sum(b_kept, 0)
+        for i in tl.static_range(0, 31 // BITS):
+            o_entry = num_before - 1 + ((b_counts >> (i * BITS)) & ((1 << BITS) - 1))
+            tl.store(p_index + o_entry, i_first + i * COLUMNS + o_column, mask=((b_kept >> (i * BITS)) & 1) != 0)
+            num_before += (num_kept >> (i * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -137,7 +146,9 @@ def _write_with_ties(p_row, s_row, p_index, i_low, num_wanted, NUM_COLUMNS, COLU
 
 
 @triton.jit(do_not_specialize=["NUM_COLUMNS", "K"])
-def top_k_kernel(scores, indices, s_row, quantile, density, NUM_COLUMNS, K, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+def top_k_kernel(
+    scores, indices, s_row, quantile, density, NUM_COLUMNS, K, COLUMNS: tl.constexpr, PIECES: tl.constexpr, BITS: tl.constexpr
+):
     """The `K` highest of each row of `[rows, NUM_COLUMNS]`, ascending: `[rows, K]`; NaN ranks below -inf, -0 equals +0.
 
     A row takes `s_row` of memory, and is kept as PIECES times COLUMNS scores. For normal scores, the K-th highest is `quantile`
@@ -159,7 +170,7 @@ def top_k_kernel(scores, indices, s_row, quantile, density, NUM_COLUMNS, K, COLU
         b_squares += b_number * b_number
     mean = tl.sum(b_sum, 0) / NUM_COLUMNS
     deviation = tl.sqrt(tl.maximum(tl.sum(b_squares, 0) / NUM_COLUMNS - mean * mean, 0.0))
-    cut, step = mean, quantile * deviation
+    cut, step, spacing = mean, quantile * deviation, deviation / density
     # At least K scores rank `i_low` or higher, fewer than K rank `i_high` or higher.
     i_low, i_high, num_low, num_high = _LOWEST + 0, _ABOVE + 0, NUM_COLUMNS, 0
     low_weight, high_weight, margin, i_turn = 1.0, 1.0, 1.0, 0
@@ -173,7 +184,7 @@ def top_k_kernel(scores, indices, s_row, quantile, density, NUM_COLUMNS, K, COLU
         is_enough = num_from_cut >= K
         # Where the density leads, and a bit beyond, so that the other end is found soon.
         over = (num_from_cut - K).to(tl.float32)
-        step = (over + tl.where(is_enough, margin, -margin)) * deviation / density
+        step = (over + tl.where(is_enough, margin, -margin)) * spacing
         margin *= 4.0
         i_low, i_high = tl.where(is_enough, i_cut, i_low), tl.where(is_enough, i_high, i_cut)
         num_low, num_high = tl.where(is_enough, num_from_cut, num_low), tl.where(is_enough, num_high, num_from_cut)
@@ -182,7 +193,7 @@ def top_k_kernel(scores, indices, s_row, quantile, density, NUM_COLUMNS, K, COLU
         i_turn += 1
     # The row is read once more, from a cache: registers that all of it would take until here keep other rows waiting.
     if num_low == K:
-        _write_reaching(p_row, s_row, indices + i_row * K, _of_rank(i_low), COLUMNS, PIECES)
+        _write_reaching(p_row, s_row, indices + i_row * K, _of_rank(i_low), COLUMNS, PIECES, BITS)
     else:
         _write_with_ties(p_row, s_row, indices + i_row * K, i_low, K - num_high, NUM_COLUMNS, COLUMNS, PIECES)
 
@@ -229,7 +240,7 @@ def top_k_options(num_columns: int) -> dict[str, int]:
     columns = max(32, 1 << (-(-num_columns // 8) - 1).bit_length())
     pieces = -(-num_columns // columns)
     num_warps = max(1, 1 << (-(-columns * pieces // 2048) - 1).bit_length())
-    return {"COLUMNS": columns, "PIECES": pieces, "num_warps": num_warps}
+    return {"COLUMNS": columns, "PIECES": pieces, "BITS": columns.bit_length(), "num_warps": num_warps}
 
 
 @functools.lru_cache(256)
