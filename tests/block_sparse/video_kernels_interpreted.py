@@ -43,10 +43,14 @@ def make_scores(kind: str, num_rows: int, num_columns: int) -> torch.Tensor:
         return torch.where(scores > 1, INF, torch.where(scores < -0.5, -INF, scores))
     if kind == "tiny":
         return (scores * 3).round() * 1e-45
+    if kind == "spread":  # over all exponents, so that no guess is near
+        return scores.sign() * torch.exp2(60 * scores)
+    if kind == "steps":  # two values a bit apart
+        return torch.where(scores > 1.28, 1.0, 1.0 - 2.0**-24)
     return scores
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "equal", "nan", "all_nan", "zeros", "infinite", "tiny"])
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "nan", "all_nan", "zeros", "infinite", "tiny", "spread", "steps"])
 @pytest.mark.parametrize(("num_columns", "k"), [(2, 1), (37, 5), (64, 63), (100, 1), (1440, 144)])
 def test_top_k_is_exact(num_columns: int, k: int, kind: str) -> None:
     scores = make_scores(kind, 3, num_columns)

@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NAMES = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "nan", "zeros", "infinite"])
+@pytest.mark.parametrize("kind", ["random", "ties", "nan", "all_nan", "zeros", "infinite", "tiny", "spread", "steps"])
 @pytest.mark.parametrize(("num_columns", "k"), [(2, 1), (37, 5), (1440, 144), (5000, 99), (8192, 8191), (16_384, 492)])
 def test_top_k_is_exact(num_columns: int, k: int, kind: str) -> None:
     scores = torch.randn(64, num_columns, generator=torch.Generator().manual_seed(0))
@@ -39,6 +39,14 @@ def test_top_k_is_exact(num_columns: int, k: int, kind: str) -> None:
         scores = torch.where(scores > 0, 0.0, -0.0)
     elif kind == "infinite":
         scores = torch.where(scores > 1, math.inf, torch.where(scores < -0.5, -math.inf, scores))
+    elif kind == "all_nan":
+        scores.fill_(math.nan)
+    elif kind == "tiny":
+        scores = (3 * scores).round() * 1e-45
+    elif kind == "spread":
+        scores = scores.sign() * torch.exp2(60 * scores)
+    elif kind == "steps":
+        scores = torch.where(scores > 1.28, 1.0, 1.0 - 2.0**-24)
     ranked = torch.sort(0.0 - scores, dim=-1, stable=True).indices[:, :k].int().sort(dim=-1).values
     assert torch.equal(selection.top_k_ascending(scores.cuda(), k).cpu(), ranked)
 
