@@ -146,13 +146,15 @@ def test_uneven_walks_by_key() -> None:
         assert torch.equal(one, other)
 
 
-def test_walking_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_programs", [7, 132])
+def test_walking_in_step(num_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = "many"
     layout = make_pattern(shape).query_tiles
     lists = torch.rand(1, 3, 150, 150).topk(15).indices.sort(-1).values.to("cuda", torch.int32)
     pattern, inputs = BlockPattern(layout, layout, lists), make_inputs(shape, torch.bfloat16)
     expected = gradients(inputs, pattern)
     monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0)
+    monkeypatch.setattr(launch, "_num_programs", lambda device: num_programs)
     for one, other in zip(gradients(inputs, pattern), expected, strict=True):
         assert torch.equal(one, other)
 

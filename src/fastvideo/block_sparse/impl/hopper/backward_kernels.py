@@ -6,8 +6,7 @@ each, seven products where one kernel would need five; but nothing is added into
 bits, and that is also faster: fp32 additions into dquery run at 1.6 TB/s, which alone costs more than the two products.
 
 - dquery keeps queries, the output's gradient and dquery in registers (for small heads only the last); its ring holds keys
-  and values. Pairs of blocks share steps as in the forward. The next scores are sent behind the product of the last, so that
-  the tensor cores have work while score gradients are made.
+  and values. Pairs of blocks share steps as in the forward.
 - dkey and dvalue keep both results in registers (128 a thread) and keys and values in shared memory. Scores are held
   transposed, `[keys, queries]`. The ring holds queries, the output's gradient and, by a tensor copy too, a pair (base-2
   log-sum-exp, delta) for each query: read from global memory by column they would not fit into registers. Products are sent
@@ -171,38 +170,23 @@ def _dq_consumer(
             b_dq = gl.zeros([64, D], gl.float32, result)
             # The partner's ring must have come to this pair: phases of a barrier tell one use from the next alone.
             mbarrier.wait(started, num_met & 1, pred=num_shared > 0)
-            if num_halves > 0:
-                ring, i_use = _place(0, num_shared, uses_0, uses_1, WG)
+            for i_half in range(num_halves):
+                ring, i_use = _place(i_half, num_shared, uses_0, uses_1, WG)
                 i_stage = ring * STAGES + i_use % STAGES
                 word = 0
-                if clean_halves == 0:
-                    word = gl.load(p_masks)
+                if i_half >= clean_halves:
+                    word = gl.load(p_masks + i_half)
                 mbarrier.wait(full.index(i_stage), (i_use // STAGES) & 1)
                 b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
                 b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
                 b_s = warpgroup_mma_wait(1, deps=(b_st,))
                 b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
-                b_p = _masked(b_p, 0, clean_halves, word, o_granule, o_column, BOX_TOKENS)
+                b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
                 b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
-                # A turn ends one half step and begins the next; behind the last comes some stage or other, which nobody reads.
-                for i_half in range(1, num_halves + 1):
-                    b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 1))).to(dtype), ds_operand)
-                    i_last = i_stage
-                    b_dqt = warpgroup_mma(b_ds, k_s.index(i_last), b_dq, is_async=True)
-                    ring, i_use = _place(i_half, num_shared, uses_0, uses_1, WG)
-                    i_stage = ring * STAGES + i_use % STAGES
-                    word = 0
-                    if (i_half >= clean_halves) & (i_half < num_halves):
-                        word = gl.load(p_masks + i_half)
-                    mbarrier.wait(full.index(i_stage), (i_use // STAGES) & 1, pred=i_half < num_halves)
-                    b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                    b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                    b_dq = warpgroup_mma_wait(2, deps=(b_dqt,))
-                    mbarrier.arrive(empty.index(i_last))
-                    b_s = warpgroup_mma_wait(1, deps=(b_st,))
-                    b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
-                    b_p = _masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
-                    b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
+                b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 1))).to(dtype), ds_operand)
+                b_dqt = warpgroup_mma(b_ds, k_s.index(i_stage), b_dq, is_async=True)
+                b_dq = warpgroup_mma_wait(0, deps=(b_dqt,))
+                mbarrier.arrive(empty.index(i_stage))
             staging.store((b_dq * scale).to(dtype))
             p_dq = dquery + (i_b * NUM_QUERIES * HEADS + i_h) * D
             gl.store(p_dq + o_token * (HEADS * D) + o_d, staging.load(memory), mask=m_row)

@@ -30,7 +30,7 @@ _IN_STEP_BYTES = 32 << 20
 # for all of them where another kernel holds multiprocessors.
 _LOOKS = 300
 # Of so many waves programs in step wait for each other once: walks differ by a few per cent, and each wait is for the longest.
-_WAVES = 1
+_WAVES = 4
 
 Constants = dict[str, int]
 # Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
