@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -273,17 +272,6 @@ def call_of(num_heads: int) -> SharedCall:
     return SharedCall(shard, shard, shard, None, None, None, (1 << 15,) * 2, (1 << 15,) * 2, False, 1.0, reduces=True)
 
 
-def test_sparse_attention_hides_its_exchange_where_copy_engines_carry_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = resolve_layout("ulysses", SequenceGroup("", (0, 1), 0))
-    assert num_head_groups(call_of(40), layout, None, is_sparse=True) == 1
-    monkeypatch.setattr(shared_call, "exchange_kind", lambda device: "direct")
-    assert num_head_groups(call_of(40), layout, None, is_sparse=True) == 3
-    assert num_head_groups(call_of(40), layout, None, is_sparse=False) == 1
-    assert num_head_groups(call_of(4), layout, None, is_sparse=True) == 1, "launches of more groups would take longer"
-    with_gradient = dataclasses.replace(call_of(40), query=torch.empty(1, 1 << 15, 40, 128, device="meta", requires_grad=True))
-    assert num_head_groups(with_gradient, layout, None, is_sparse=True) == 1
-
-
 @pytest.mark.parametrize("num_heads", [1, 2, 5, 8, 20, 40])
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 7])
 def test_groups_hold_all_heads_and_begin_and_end_small(num_heads: int, num_groups: int) -> None:
@@ -291,3 +279,28 @@ def test_groups_hold_all_heads_and_begin_and_end_small(num_heads: int, num_group
     assert (sum(lengths), len(lengths)) == (num_heads, num_groups)
     if num_groups > 2 and num_heads >= num_groups:
         assert lengths[0] == lengths[-1] == min(lengths) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "needs_grad", "is_sparse", "kind", "expected"),
+    [
+        (75_600, 4, False, True, "direct", 3),
+        (75_600, 4, True, True, "direct", 3),
+        (75_600, 2, False, True, "direct", 3),
+        (75_600, 2, True, True, "direct", 1),
+        (75_600, 8, False, True, "direct", 1),
+        (32_760, 2, False, True, "direct", 1),
+        (75_600, 4, False, False, "direct", 1),
+        (75_600, 4, False, True, "collective", 1),
+    ],
+)
+def test_sparse_attention_hides_its_exchange_where_it_pays(
+    num_tokens: int, size: int, needs_grad: bool, is_sparse: bool, kind: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_call, "exchange_kind", lambda _: kind)
+    x = torch.empty(1, num_tokens // size, 40, 128, dtype=torch.bfloat16, device="meta", requires_grad=needs_grad)
+    lengths = (num_tokens // size,) * size
+    call = SharedCall(x, x, x, None, None, None, lengths, lengths, False, 1.0, False)
+    layout = resolve_layout("ulysses", SequenceGroup("", tuple(range(size)), 0))
+    assert num_head_groups(call, layout, None, is_sparse=is_sparse) == expected
+    assert num_head_groups(call, layout, 7, is_sparse=is_sparse) == min(7, 40 // size)

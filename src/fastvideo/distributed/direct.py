@@ -9,6 +9,9 @@ devices say to each other are numbers of exchanges, which they write into each o
 - *Sending*: copy each part straight into the peer's memory, and say so. Nothing is packed, and nobody waits for a peer that
   isn't ready, but what is received is this rank's only until it gives it back (`DirectExchange.give_back`), as in inference.
 
+On every rank each wait is given to a stream after all that ends it on the peers, in the order of exchanges that ranks share. So
+nothing can block for good, even where a device carries out several streams in one queue.
+
 Memory is a ring of regions: a later exchange overwrites an earlier one's once all who read that have said so. All ranks
 compute the same regions, because a `Route` knows what every rank sends to every other.
 """

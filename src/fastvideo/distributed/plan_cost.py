@@ -45,17 +45,17 @@ class DeviceModel:
     name: str = "H200"
     flops: float = 560e12
     backward_flops: float = 528e12
-    sparse_flops: float = 450e12
-    sparse_backward_flops: float = 375e12
+    sparse_flops: float = 500e12
+    sparse_backward_flops: float = 390e12
     wide_flops: float = 40e12
     memory_bandwidth: float = 4.2e12
     memory: float = 141e9
     launch: float = 10e-6
     dense_host: float = 0.1e-3
-    sparse_host: float = 0.9e-3
-    share_host: float = 0.5e-3
-    exchange_host: float = 0.1e-3
-    peer_host: float = 0.14e-3
+    sparse_host: float = 1.1e-3
+    share_host: float = 0.7e-3
+    exchange_host: float = 0.03e-3
+    peer_host: float = 0.02e-3
 
     def rate(self, call: Call, backward: bool) -> float:
         """Return the FLOP/s of one pass of a call."""
@@ -228,7 +228,7 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
     more = call.replicated
     work = call.work(part.rows + more, call.key_len + more, part.heads) * (2.5 if backward else 1.0)
     compute = work / device.rate(call, backward) + device.launch
-    swap_time, copies = _swap(call, part, ulysses, device, links)
+    swap_time, copies = _swap(call, part, ulysses, backward, device, links)
     share_time, more_trips = _share_keys(call, part, ring, ulysses, gathers, backward, links)
     hidden = lost = 0.0
     if ring > 1 and not gathers:
@@ -274,7 +274,9 @@ def _host(call: Call, ring: int, ulysses: int, gathers: bool, pieces: int, backw
     return device.share_host + pieces * (parts * attention + exchanging)
 
 
-def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: LinkModel) -> tuple[float, float]:
+def _swap(
+    call: Call, part: _Shares, ulysses: int, backward: bool, device: DeviceModel, links: LinkModel
+) -> tuple[float, float]:
     """Return the seconds of the swap of heads for tokens, there and back, and those of packing."""
     if ulysses == 1:
         return 0.0, 0.0
@@ -282,9 +284,11 @@ def _swap(call: Call, part: _Shares, ulysses: int, device: DeviceModel, links: L
     pieces = call.pieces(ulysses)
     seconds = _exchange(part.swapped, _where(ulysses, 1, links))
     seconds += (num_like_query + 3) * pieces * (links.latency + (ulysses - 1) * links.peer_latency)
-    travelling = call.size(part.own_rows, (1 + num_like_query) * call.heads) + call.size(part.own_keys, 2 * call.kv_heads)
-    # A read and a write where it is sent; what arrives goes straight to its place.
-    return seconds, 2 * travelling / device.memory_bandwidth
+    packed = call.size(part.own_rows, call.heads)
+    if backward:
+        packed += call.size(part.own_rows, num_like_query * call.heads) + call.size(part.own_keys, 2 * call.kv_heads)
+    # A read and a write where it is packed; inputs go straight to their places, and so does all that arrives.
+    return seconds, 2 * packed / device.memory_bandwidth
 
 
 def _share_keys(
