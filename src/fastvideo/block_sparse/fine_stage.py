@@ -199,7 +199,7 @@ def _backward_op(
         dlse = None
         if coarse is not None and gate is not None:
             gated = (coarse, gate, call.geometry)
-            if call.video.has_free_dlse and _in_kernels(video_out):
+            if call.video.is_delta_given and _in_kernels(video_out):
                 dlse, dcoarse, dgate = _differentiate_added(video_dout, *gated)
             else:
                 video_out, dcoarse, dgate = _differentiate_gated(video_out, video_dout, *gated)

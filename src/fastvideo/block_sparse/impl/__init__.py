@@ -53,14 +53,15 @@ class Implementation:
         forward_into: `(query, key, value, pattern, scale, out, lse, added)`: `forward` into tensors of the caller, of which
             only batches may lie apart, as many rows in `out` as in `lse`; with `added` the output is
             `fine + gate * coarse[tile of the query]`, summed in fp32 and rounded once. None for an implementation that can't.
-        has_free_dlse: Whether `dlse` costs `backward` next to nothing.
+        is_delta_given: Whether `backward` takes delta from `out` and `dlse` as they are, at no cost for the latter, so that
+            another output will do, with the difference of the row sums in `dlse`.
     """
 
     rejections: Rejections
     forward: Forward
     backward: Backward
     forward_into: ForwardInto | None = None
-    has_free_dlse: bool = False
+    is_delta_given: bool = False
 
 
 IMPLEMENTATIONS: dict[str, str] = {

@@ -89,4 +89,4 @@ def backward(
     return launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
 
 
-IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into, has_free_dlse=True)
+IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into, is_delta_given=True)
