@@ -63,12 +63,12 @@ class Caller:
 
 
 class ThreadMemory:
-    """A rank's memory."""
+    """A rank's memory; a device may carry out several streams in one queue."""
 
-    def __init__(self, shared: Shared, rank: int, capacity: int) -> None:
+    def __init__(self, shared: Shared, rank: int, capacity: int, queue: ThreadStream | None = None) -> None:
         self.rank, self.capacity, self._shared = rank, capacity, shared
         shared.memory[rank] = torch.full((capacity,), 255, dtype=torch.uint8)
-        self.copies, self.own, self.words = (ThreadStream(rank + seed) for seed in (0, 9, 99))
+        self.copies, self.own, self.words = (queue or ThreadStream(rank + seed) for seed in (0, 9, 99))
         self._caller = Caller()
         self.num_grown = 0
         self.waited: list[tuple[int, int]] = []
@@ -156,11 +156,12 @@ class ThreadMemory:
 
 
 def run_ranks(
-    size: int, capacity: int, work: Callable[[int, DirectExchange], None], *, landing: bool = False
+    size: int, capacity: int, work: Callable[[int, DirectExchange], None], *, landing: bool = False, in_one_queue: bool = False
 ) -> list[ThreadMemory]:
     """Run `work(rank, exchange)` in one thread per rank and return the ranks' memories for fetching, or for `landing`."""
     both = [Shared(size), Shared(size)]
-    memories = [[ThreadMemory(shared, rank, capacity) for rank in range(size)] for shared in both]
+    queues = [ThreadStream(rank) if in_one_queue else None for rank in range(size)]
+    memories = [[ThreadMemory(shared, rank, capacity, queues[rank]) for rank in range(size)] for shared in both]
     with concurrent.futures.ThreadPoolExecutor(size) as pool:
         exchanges = [DirectExchange(staging, landing_, size) for staging, landing_ in zip(*memories, strict=True)]
         for done in [pool.submit(work, rank, exchange) for rank, exchange in enumerate(exchanges)]:
@@ -264,12 +265,30 @@ def test_no_region_is_given_twice_before_it_was_read(seed: int) -> None:
 
 def test_memory_grows_rather_than_wait_for_what_is_lent() -> None:
     regions, grown = Regions(), []
-    claim = lambda length, lent_from: regions.claim(length, (1,), 4096, lambda *asked: grown.append(asked), lent_from)  # noqa: E731
-    assert claim(1024, None) == (1, 0, ())
+    claim = lambda length, lent: regions.claim(length, (1,), 4096, lambda *asked: grown.append(asked), lent)  # noqa: E731
+    assert claim(1024, 0) == (1, 0, ())
     assert claim(3072, 1) == (2, 1024, ())
-    assert claim(1024, 2) == (3, 0, ((1, 1),)), "the first was given back, and is waited for"
+    assert claim(1024, 1) == (3, 0, ((1, 1),)), "the first was given back, and is waited for"
     assert claim(2048, 2) == (4, 0, ()), "the second is still lent"
     assert grown == [(64 << 20, ((1, 3),))]
+    assert claim(512, 0) == (5, 0, ((1, 4),)), "nothing is lent"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"), [((10,), 10), ((5, 5), 10), ((2, 6, 2), 8), ((3, 14, 3), 17), ((1, 4, 4, 1), 9)]
+)
+def test_memory_holds_two_groups_once_they_have_been_sent(
+    lengths: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvideo.distributed.regions.LEAST_CAPACITY", 0)
+    regions, capacities = Regions(), [0]
+    for call in range(6):
+        num_grown = len(capacities)
+        for number, length in enumerate(lengths):
+            # The one before is lent: it is computed with meanwhile.
+            regions.claim(length, (1,), capacities[-1], lambda wanted, _: capacities.append(wanted), min(number, 1))
+        assert call == 0 or len(capacities) == num_grown
+    assert capacities[-1] == expected
 
 
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 0, 2)])
@@ -343,6 +362,39 @@ def test_groups_of_heads_and_everyones_keys_are_sent() -> None:
 
     memories = run_ranks(2, 512, work, landing=True)
     assert [memory.num_grown for memory in memories] == [1, 1]
+
+
+@pytest.mark.parametrize("in_one_queue", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_groups_go_and_come_back_as_layers_send_them(size: int, in_one_queue: bool) -> None:
+    """Inputs are sent, a group ahead, and outputs fetched, call after call; no wait stands before what ends it elsewhere."""
+    lengths, num_groups, num_heads = tuple(range(2, size + 2)), 3, 3
+    wholes = [torch.randn(1, sum(lengths), size, num_heads, 4) for _ in range(4)]
+    heads = [tuple((rank, rank + 1) for rank in range(size))] * num_groups
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        for call in range(8):
+            whole = wholes[call % 4]
+            x = shards(whole, 1, lengths)[rank]
+            groups = x.split(1, dim=3)
+            routes = [head_route(group.shape, own, lengths, rank) for group, own in zip(groups, heads, strict=True)]
+            sent = [exchange.send([groups[i]], [routes[i]]) for i in range(2)]
+            room, leaving = torch.full_like(x, torch.nan), []
+            for i in range(num_groups):
+                if i == 1:
+                    sent.append(exchange.send([groups[2]], [routes[2]]))
+                (here,), number = sent[i]
+                assert exchange.finish(here)
+                torch.testing.assert_close(here, whole[:, :, rank, i : i + 1], rtol=0, atol=0)
+                output = 2 * here
+                route = token_route(output.shape, heads[i], lengths, rank, is_group=True)
+                leaving += exchange.start([output], [route], room[:, :, :, i : i + 1], is_hidden=i < 2)
+                exchange.give_back(number)
+            for here in leaving:
+                assert exchange.finish(here)
+            torch.testing.assert_close(room, 2 * x, rtol=0, atol=0)
+
+    run_ranks(size, 2048, work, in_one_queue=in_one_queue)
 
 
 def test_only_what_is_joined_in_the_order_of_ranks_is_sent() -> None:

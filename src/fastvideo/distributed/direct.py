@@ -18,90 +18,23 @@ compute the same regions, because a `Route` knows what every rank sends to every
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
+from fastvideo.distributed.peer_memory import PeerMemory
 from fastvideo.distributed.recipes import Layout, Piece, fetching, sending
 from fastvideo.distributed.regions import LEAST_CAPACITY, Regions
 from fastvideo.distributed.routes import Route
-from fastvideo.distributed.rows import Form, Move, copy_wide
+from fastvideo.distributed.rows import Form, copy_wide
 from fastvideo.distributed.symmetric import SymmetricMemory, why_not_symmetric
 from fastvideo.settings import Settings
 
-__all__ = ["DirectExchange", "PeerMemory", "Sent", "direct_exchange", "exchange_kind", "finish_direct"]
-
-
-class PeerMemory(Protocol):
-    """Memory that the ranks of a group share, words between their devices, and streams that carry them out asynchronously.
-
-    Attributes:
-        rank: This process's place in the group.
-        capacity: Bytes of memory of each rank.
-        addresses: Where that of each rank starts.
-        copies: A stream for copies between devices.
-        own: A stream for copies that stay on this one.
-        words: A stream for words that are to hold up nothing.
-    """
-
-    rank: int
-    capacity: int
-    addresses: tuple[int, ...]
-    copies: Any
-    own: Any
-    words: Any
-
-    def grow(self, capacity: int, waits: Sequence[tuple[int, int]]) -> None:
-        """Replace the memory by one of `capacity` bytes once these peers have read up to these exchanges; a collective call.
-
-        All streams are idle then, on every rank.
-        """
-        ...
-
-    def view(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return this rank's memory as elements, flat."""
-        ...
-
-    def guard(self) -> contextlib.AbstractContextManager[object]:
-        """Return a context in which the memory's device is the current one."""
-        ...
-
-    def current(self) -> Any:
-        """Return the caller's stream."""
-        ...
-
-    def mark(self, stream: Any) -> Any:
-        """Return a mark of all that was given to a stream so far."""
-        ...
-
-    def after(self, stream: Any, mark: Any) -> None:
-        """Let what comes next on a stream wait for a mark."""
-        ...
-
-    def copy(self, stream: Any, moves: Sequence[Move], bases: Sequence[int]) -> None:
-        """Copy rows between memories that begin at `bases`."""
-        ...
-
-    def write_written(self, stream: Any, peer: int, number: int) -> None:
-        """Tell a peer that this rank has written all of exchange `number`."""
-        ...
-
-    def write_read(self, stream: Any, peer: int, number: int) -> None:
-        """Tell a peer that this rank has read all of exchange `number`."""
-        ...
-
-    def wait_written(self, stream: Any, peer: int, number: int) -> None:
-        """Let what comes next on a stream wait until a peer has written all of exchange `number`."""
-        ...
-
-    def wait_read(self, stream: Any, peer: int, number: int) -> None:
-        """Let what comes next on a stream wait until a peer has read all of exchange `number`."""
-        ...
+__all__ = ["DirectExchange", "Sent", "direct_exchange", "exchange_kind", "finish_direct"]
 
 
 class _Coming(NamedTuple):
@@ -226,8 +159,7 @@ class DirectExchange:
         if recipe is None:
             raise ValueError(f"expected parts that copy engines take, got {[tuple(x.shape) for x in tensors]} by {routes}")
         with self._lock, memory.guard():
-            lent_from = self._lent[0].lent if self._lent else None
-            claim = self._landed.claim(recipe.length, recipe.readers, memory.capacity, self._grow_landing, lent_from)
+            claim = self._landed.claim(recipe.length, recipe.readers, memory.capacity, self._grow_landing, len(self._lent))
             received = tuple(
                 [_tensor(form, memory.view(x.dtype), claim.start) for form, x in zip(recipe.received, tensors, strict=True)]
             )

@@ -14,7 +14,7 @@ __all__ = ["LEAST_CAPACITY", "Claim", "Regions", "aligned"]
 LEAST_CAPACITY = 64 << 20
 _ALIGNMENT = 512
 _REGIONS_HELD = 2
-"""Exchanges of the largest size that the memory holds: one is written while another is read."""
+"""Exchanges of the largest size that a memory holds where one is written while another is read."""
 
 Waits = tuple[tuple[int, int], ...]
 """Ranks, and up to which exchange they must have read."""
@@ -36,6 +36,7 @@ class Claim(NamedTuple):
 
 class _Region(NamedTuple):
     start: int
+    length: int
     number: int
     readers: tuple[int, ...]
 
@@ -54,7 +55,7 @@ class Regions:
         readers: tuple[int, ...],
         capacity: int,
         grow: Callable[[int, Waits], None],
-        lent_from: int | None = None,
+        num_lent: int | None = None,
     ) -> Claim:
         """Return the region of the next exchange.
 
@@ -63,19 +64,25 @@ class Regions:
             readers: Ranks that read it.
             capacity: Bytes of the memory.
             grow: Replaces it by one of as many bytes, once these ranks have read.
-            lent_from: Number of the first exchange whose region is still in use here, so that it must not be waited for.
+            num_lent: How many of the last exchanges' regions are still in use here, so that they must not be waited for; `None`
+                where regions are read as soon as they are written.
         """
-        self._number += 1
         before: list[_Region] = []
-        if length <= capacity:
-            start = self._fit(length, capacity, before)
-        if length > capacity or (lent_from is not None and any(region.number >= lent_from for region in before)):
+        if num_lent == 0:
+            # From the start, so that equal calls use equal regions, and the memory needs no more than one of them.
+            before, self._next = list(self._regions), 0
+            self._regions.clear()
+        start = self._fit(length, capacity, before) if length <= capacity else 0
+        first_lent = self._number + 1 - (num_lent or 0)
+        self._number += 1
+        if length > capacity or any(region.number >= first_lent for region in before):
             before += self._regions
             self._regions.clear()
-            wanted = _REGIONS_HELD * length if length > capacity else capacity + length
-            grow(max(LEAST_CAPACITY, wanted), _readers_of(before))
+            lent = sum(region.length for region in before if region.number >= first_lent)
+            least = _REGIONS_HELD * length if num_lent is None else length + lent
+            grow(max(LEAST_CAPACITY, least if length > capacity else capacity + length), _readers_of(before))
             before, start = [], 0
-        self._regions.append(_Region(start, self._number, readers))
+        self._regions.append(_Region(start, length, self._number, readers))
         self._next = start + length
         return Claim(self._number, start, _readers_of(before))
 

@@ -63,7 +63,7 @@ _open_memories: weakref.WeakSet[SymmetricMemory] = weakref.WeakSet()
 
 
 class SymmetricMemory:
-    """Memory and words of one group. `fastvideo.distributed.direct.PeerMemory` says what its methods do.
+    """Memory and words of one group. `fastvideo.distributed.peer_memory.PeerMemory` says what its methods do.
 
     Attributes:
         name: The process group's name.
