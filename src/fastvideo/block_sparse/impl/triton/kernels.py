@@ -17,100 +17,18 @@ Shape legend: M query rows of a block, N key rows, D head size padded to a power
 import triton
 import triton.language as tl
 
+from fastvideo.block_sparse.impl.triton.rows import (
+    load_block,
+    num_steps,
+    own_rows,
+    step_rows,
+    step_tokens,
+    store_block,
+    tokens,
+)
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _own_rows(i_tile, i_piece, offsets, TILE: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Packed rows of one piece of a tile, and which of them are real."""
-    o_inside = i_piece * BLOCK + tl.arange(0, BLOCK)
-    if UNIFORM:
-        i_start = i_tile * TILE
-        m_rows = o_inside < TILE
-    else:
-        i_start = tl.load(offsets + i_tile)
-        m_rows = o_inside < tl.load(offsets + i_tile + 1) - i_start
-    return i_start + o_inside, m_rows
-
-
-@triton.jit
-def _num_steps(num_listed, TILE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr):
-    """Steps of a walk over `num_listed` tiles."""
-    PIECES: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
-    return tl.cdiv(num_listed * PIECES, BLOCK // SLOT)
-
-
-@triton.jit
-def _step_rows(
-    i_step, p_list, num_listed, offsets, TILE: tl.constexpr, SLOT: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Packed rows of one step of a walk, as a first row and distances from it, and which of them are real."""
-    if SLOT == BLOCK:
-        PIECES: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
-        i_tile = tl.load(p_list + i_step // PIECES)
-        i_first = i_step % PIECES * BLOCK
-        o_row = tl.arange(0, BLOCK)
-        if UNIFORM:
-            m_rows = i_first + o_row < TILE
-            i_first += i_tile * TILE
-        else:
-            i_start = tl.load(offsets + i_tile)
-            m_rows = i_first + o_row < tl.load(offsets + i_tile + 1) - i_start
-            i_first += i_start
-    else:
-        i_first = 0
-        o_block = tl.arange(0, BLOCK)
-        o_entry = i_step * (BLOCK // SLOT) + o_block // SLOT
-        o_inside = o_block % SLOT
-        m_rows = o_entry < num_listed
-        o_tile = tl.load(p_list + o_entry, mask=m_rows, other=0)
-        if UNIFORM:
-            o_row = o_tile * TILE + o_inside
-            m_rows = m_rows & (o_inside < TILE)
-        else:
-            o_start = tl.load(offsets + o_tile)
-            o_row = o_start + o_inside
-            m_rows = m_rows & (o_inside < tl.load(offsets + o_tile + 1) - o_start)
-    return i_first, o_row, m_rows
-
-
-@triton.jit
-def _tokens(order, o_packed, m_rows):
-    """Tokens of packed rows, int64."""
-    o_token = o_packed if order is None else tl.load(order + o_packed, mask=m_rows, other=0)
-    return o_token.to(tl.int64)
-
-
-@triton.jit
-def _step_tokens(order, i_first, o_row, m_rows):
-    """Tokens of one step, likewise. Without an order distances are the same in every step, and addresses one addition."""
-    if order is None:
-        i_first_token, o_token = tl.cast(i_first, tl.int64), o_row.to(tl.int64)
-    else:
-        i_first_token, o_token = 0, _tokens(order, i_first + o_row, m_rows)
-    return i_first_token, o_token
-
-
-@triton.jit
-def _load_block(p_base, o_token, s_token, m_rows, HEAD_SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows `[BLOCK, D]` of a tensor; what is not real is 0 and not read."""
-    o_d = tl.arange(0, D)
-    p_block = p_base + (o_token[:, None] * s_token + o_d[None, :])
-    if HEAD_SIZE != D:
-        b_block = tl.load(p_block, mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :], other=0.0)
-    elif MASKED:
-        b_block = tl.load(p_block, mask=m_rows[:, None], other=0.0)
-    else:
-        b_block = tl.load(p_block)
-    return b_block
-
-
-@triton.jit
-def _store_block(p_base, o_token, s_token, m_rows, b_block, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
-    o_d = tl.arange(0, D)
-    p_block = p_base + o_token[:, None] * s_token + o_d[None, :]
-    tl.store(p_block, b_block.to(p_base.dtype.element_ty), mask=m_rows[:, None] & (o_d < HEAD_SIZE)[None, :])
 
 
 @triton.jit(
@@ -178,9 +96,9 @@ def block_sparse_fwd_kernel(
     i_b, i_h = (i_bh // HEADS).to(tl.int64), (i_bh % HEADS).to(tl.int64)
     i_tile = i_block // Q_PIECES
 
-    o_packed, m_q = _own_rows(i_tile, i_block % Q_PIECES, q_offsets, Q_TILE, Q_UNIFORM, M)
-    o_token = _tokens(q_order, o_packed, m_q)
-    b_q = _load_block(query + i_b * s_qb + i_h * s_qh, o_token, s_qs, m_q, HEAD_SIZE, D, True)
+    o_packed, m_q = own_rows(i_tile, i_block % Q_PIECES, q_offsets, Q_TILE, Q_UNIFORM, M)
+    o_token = tokens(q_order, o_packed, m_q)
+    b_q = load_block(query + i_b * s_qb + i_h * s_qh, o_token, s_qs, m_q, HEAD_SIZE, D, True)
     p_key = key + i_b * s_kb + (i_h // GROUP) * s_kh
     p_value = value + i_b * s_vb + (i_h // GROUP) * s_vh
 
@@ -194,10 +112,10 @@ def block_sparse_fwd_kernel(
     b_out = tl.zeros([M, D], tl.float32)
     b_max = tl.full([M], -float("inf"), tl.float32)
     b_sum = tl.zeros([M], tl.float32)
-    for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
-        i_row, o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
-        i_token, o_token_k = _step_tokens(k_order, i_row, o_row, m_k)
-        b_k = _load_block(p_key + i_token * s_ks, o_token_k, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
+    for i_step in range(num_steps(num_listed, K_TILE, K_SLOT, N)):
+        i_row, o_row, m_k = step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
+        i_token, o_token_k = step_tokens(k_order, i_row, o_row, m_k)
+        b_k = load_block(p_key + i_token * s_ks, o_token_k, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if SCALE_IS_POSITIVE:
             if K_MASKED:
@@ -213,7 +131,7 @@ def block_sparse_fwd_kernel(
         b_shrink = tl.exp2(b_max - b_top)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_out = b_out * b_shrink[:, None]
-        b_v = _load_block(p_value + i_token * s_vs, o_token_k, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
+        b_v = load_block(p_value + i_token * s_vs, o_token_k, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         b_max = b_top
 
@@ -224,11 +142,11 @@ def block_sparse_fwd_kernel(
         o_d = tl.arange(0, D)
         p_coarse = coarse + ((i_b * NUM_Q_TILES + i_tile) * HEADS + i_h) * HEAD_SIZE
         b_coarse = tl.load(p_coarse + o_d, mask=o_d < HEAD_SIZE, other=0.0).to(tl.float32)
-        b_gate = _load_block(gate + i_b * s_gb + i_h * s_gh, o_token, s_gs, m_q, HEAD_SIZE, D, True)
+        b_gate = load_block(gate + i_b * s_gb + i_h * s_gh, o_token, s_gs, m_q, HEAD_SIZE, D, True)
         b_out += b_coarse[None, :] * b_gate.to(tl.float32)
     o_row = (i_b * NUM_ROWS + o_token) * HEADS + i_h
     tl.store(lse + o_row, b_lse, mask=m_q)
-    _store_block(out, o_row, HEAD_SIZE, m_q, b_out, HEAD_SIZE, D)
+    store_block(out, o_row, HEAD_SIZE, m_q, b_out, HEAD_SIZE, D)
 
 
 @triton.jit(do_not_specialize=["NUM_QUERIES", "HEADS"])
@@ -261,10 +179,10 @@ def block_sparse_bwd_rows_kernel(
     i_b, i_h = (i_bh // HEADS).to(tl.int64), (i_bh % HEADS).to(tl.int64)
     o_packed = i_block * M + tl.arange(0, M)
     m_rows = o_packed < NUM_QUERIES
-    o_token = _tokens(q_order, o_packed, m_rows)
+    o_token = tokens(q_order, o_packed, m_rows)
     o_row = (i_b * NUM_QUERIES + o_token) * HEADS + i_h
-    b_out = _load_block(out, o_row, HEAD_SIZE, m_rows, HEAD_SIZE, D, True).to(tl.float32)
-    b_dout = _load_block(dout + i_b * s_db + i_h * s_dh, o_token, s_ds, m_rows, HEAD_SIZE, D, True).to(tl.float32)
+    b_out = load_block(out, o_row, HEAD_SIZE, m_rows, HEAD_SIZE, D, True).to(tl.float32)
+    b_dout = load_block(dout + i_b * s_db + i_h * s_dh, o_token, s_ds, m_rows, HEAD_SIZE, D, True).to(tl.float32)
     b_lse = tl.load(lse + o_row, mask=m_rows, other=0.0)
     b_delta = tl.sum(b_out * b_dout, 1)
     if dlse is not None:
@@ -335,10 +253,10 @@ def block_sparse_bwd_dq_kernel(
     i_b, i_h = (i_bh // HEADS).to(tl.int64), (i_bh % HEADS).to(tl.int64)
     i_tile = i_block // Q_PIECES
 
-    o_packed, m_q = _own_rows(i_tile, i_block % Q_PIECES, q_offsets, Q_TILE, Q_UNIFORM, M)
-    o_token = _tokens(q_order, o_packed, m_q)
-    b_q = _load_block(query + i_b * s_qb + i_h * s_qh, o_token, s_qs, m_q, HEAD_SIZE, D, True)
-    b_dout = _load_block(dout + i_b * s_db + i_h * s_dh, o_token, s_ds, m_q, HEAD_SIZE, D, True)
+    o_packed, m_q = own_rows(i_tile, i_block % Q_PIECES, q_offsets, Q_TILE, Q_UNIFORM, M)
+    o_token = tokens(q_order, o_packed, m_q)
+    b_q = load_block(query + i_b * s_qb + i_h * s_qh, o_token, s_qs, m_q, HEAD_SIZE, D, True)
+    b_dout = load_block(dout + i_b * s_db + i_h * s_dh, o_token, s_ds, m_q, HEAD_SIZE, D, True)
     i_rows = i_bh.to(tl.int64) * NUM_QUERIES
     b_lse = tl.load(lse_log2 + i_rows + o_packed, mask=m_q, other=float("inf"))
     b_delta = tl.load(delta + i_rows + o_packed, mask=m_q, other=0.0)
@@ -354,11 +272,11 @@ def block_sparse_bwd_dq_kernel(
         num_listed = tl.where(tl.max(m_q.to(tl.int32), 0) > 0, num_listed, 0)
     b_dq = tl.zeros([M, D], tl.float32)
     b_sum = tl.zeros([M], tl.float32)
-    for i_step in range(_num_steps(num_listed, K_TILE, K_SLOT, N)):
-        i_row, o_row, m_k = _step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
-        i_token, o_token_k = _step_tokens(k_order, i_row, o_row, m_k)
-        b_k = _load_block(p_key + i_token * s_ks, o_token_k, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
-        b_v = _load_block(p_value + i_token * s_vs, o_token_k, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
+    for i_step in range(num_steps(num_listed, K_TILE, K_SLOT, N)):
+        i_row, o_row, m_k = step_rows(i_step, indices + i_list, num_listed, k_offsets, K_TILE, K_SLOT, K_UNIFORM, N)
+        i_token, o_token_k = step_tokens(k_order, i_row, o_row, m_k)
+        b_k = load_block(p_key + i_token * s_ks, o_token_k, s_ks, m_k, HEAD_SIZE, D, K_MASKED)
+        b_v = load_block(p_value + i_token * s_vs, o_token_k, s_vs, m_k, HEAD_SIZE, D, K_MASKED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_lse[:, None]))
@@ -373,7 +291,7 @@ def block_sparse_bwd_dq_kernel(
         b_dq = b_dq * b_correction[:, None]
         tl.store(correction + i_rows + o_packed, b_correction, mask=m_q)
     o_row = (i_b * NUM_QUERIES + o_token) * HEADS + i_h
-    _store_block(dquery, o_row, HEAD_SIZE, m_q, b_dq * scale, HEAD_SIZE, D)
+    store_block(dquery, o_row, HEAD_SIZE, m_q, b_dq * scale, HEAD_SIZE, D)
 
 
 @triton.jit(
@@ -448,10 +366,10 @@ def block_sparse_bwd_dkdv_kernel(
     i_b, i_h = (i_bh // KV_HEADS).to(tl.int64), (i_bh % KV_HEADS).to(tl.int64)
     i_tile = tl.load(tile_order + i_b * s_tb + i_h * s_th + i_block // K_PIECES)
 
-    o_packed, m_k = _own_rows(i_tile, i_block % K_PIECES, k_offsets, K_TILE, K_UNIFORM, N)
-    o_token = _tokens(k_order, o_packed, m_k)
-    b_k = _load_block(key + i_b * s_kb + i_h * s_kh, o_token, s_ks, m_k, HEAD_SIZE, D, True)
-    b_v = _load_block(value + i_b * s_vb + i_h * s_vh, o_token, s_vs, m_k, HEAD_SIZE, D, True)
+    o_packed, m_k = own_rows(i_tile, i_block % K_PIECES, k_offsets, K_TILE, K_UNIFORM, N)
+    o_token = tokens(k_order, o_packed, m_k)
+    b_k = load_block(key + i_b * s_kb + i_h * s_kh, o_token, s_ks, m_k, HEAD_SIZE, D, True)
+    b_v = load_block(value + i_b * s_vb + i_h * s_vh, o_token, s_vs, m_k, HEAD_SIZE, D, True)
     b_dk = tl.zeros([N, D], tl.float32)
     b_dv = tl.zeros([N, D], tl.float32)
     for i_group in range(GROUP):
@@ -466,12 +384,12 @@ def block_sparse_bwd_dkdv_kernel(
         p_query = query + i_b * s_qb + i_qh * s_qh
         p_dout = dout + i_b * s_db + i_qh * s_dh
         i_rows = (i_b * (KV_HEADS * GROUP) + i_qh) * NUM_QUERIES
-        for i_step in range(_num_steps(num_listed, Q_TILE, Q_SLOT, M)):
-            i_row, o_row, m_q = _step_rows(i_step, p_list, num_listed, q_offsets, Q_TILE, Q_SLOT, Q_UNIFORM, M)
-            i_token, o_token_q = _step_tokens(q_order, i_row, o_row, m_q)
+        for i_step in range(num_steps(num_listed, Q_TILE, Q_SLOT, M)):
+            i_row, o_row, m_q = step_rows(i_step, p_list, num_listed, q_offsets, Q_TILE, Q_SLOT, Q_UNIFORM, M)
+            i_token, o_token_q = step_tokens(q_order, i_row, o_row, m_q)
             o_q = i_row + o_row
-            b_q = _load_block(p_query + i_token * s_qs, o_token_q, s_qs, m_q, HEAD_SIZE, D, Q_MASKED)
-            b_dout = _load_block(p_dout + i_token * s_ds, o_token_q, s_ds, m_q, HEAD_SIZE, D, Q_MASKED)
+            b_q = load_block(p_query + i_token * s_qs, o_token_q, s_qs, m_q, HEAD_SIZE, D, Q_MASKED)
+            b_dout = load_block(p_dout + i_token * s_ds, o_token_q, s_ds, m_q, HEAD_SIZE, D, Q_MASKED)
             if Q_MASKED:
                 b_lse = tl.load(lse_log2 + i_rows + o_q, mask=m_q, other=float("inf"))
                 b_delta = tl.load(delta + i_rows + o_q, mask=m_q, other=0.0)
@@ -487,8 +405,8 @@ def block_sparse_bwd_dkdv_kernel(
             b_ds = b_p * (b_dp - b_delta[None, :])
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     o_row = (i_b * NUM_KEYS + o_token) * KV_HEADS + i_h
-    _store_block(dkey, o_row, HEAD_SIZE, m_k, b_dk * scale, HEAD_SIZE, D)
-    _store_block(dvalue, o_row, HEAD_SIZE, m_k, b_dv, HEAD_SIZE, D)
+    store_block(dkey, o_row, HEAD_SIZE, m_k, b_dk * scale, HEAD_SIZE, D)
+    store_block(dvalue, o_row, HEAD_SIZE, m_k, b_dv, HEAD_SIZE, D)
 
 
 @triton.jit(do_not_specialize=["WIDTH", "NUM_Q_TILES", "NUM_K_TILES"])
