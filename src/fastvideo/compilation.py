@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-__all__ = ["constant_while_tracing", "plain"]
+__all__ = ["compiled_for_training", "constant_while_tracing", "plain"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 H = TypeVar("H", bound=Hashable)
@@ -18,6 +18,25 @@ def constant_while_tracing(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def compiled_for_training(backend: str) -> dict[str, Any]:
+    """Return the arguments with which `torch.compile` compiles for training by `backend`.
+
+    Inductor of torch 2.10 to 2.13 fuses sums over tokens with sums over channels such that slices of the gradient of a chunked
+    modulation table are never written, with one sample and some 16 thousand tokens
+    (https://github.com/pytorch/pytorch/issues/193061); it is told not to.
+
+    Example:
+        >>> compiled_for_training("eager")
+        {'backend': 'eager'}
+    """
+    if backend != "inductor":
+        return {"backend": backend}
+    from torch._inductor import config  # the compiler is imported late: it takes a second
+
+    has_it = hasattr(config.triton, "mix_order_reduction")
+    return {"backend": backend, "options": {"triton.mix_order_reduction": False} if has_it else {}}
 
 
 def plain(value: H) -> H:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvideo.attention.backends.abstract import AttentionMetadata
+from fastvideo.compilation import compiled_for_training
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.flow import flow_matching_loss
 from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel, with_coordinates
@@ -75,7 +76,7 @@ def compile_blocks(transformer: WanTransformer3DModel, backend: str = "inductor"
         backend: Compiler of the graphs, as `torch.compile` takes it.
     """
     for block in transformer.blocks:
-        block.compile(fullgraph=True, backend=backend)
+        block.compile(fullgraph=True, **compiled_for_training(backend))
 
 
 class Trainer:
@@ -122,7 +123,7 @@ class Trainer:
             )
         self._metrics = Metrics(options.folder, self.finished_steps)
         if config.compile == "model":
-            self.transformer.compile(dynamic=False)
+            self.transformer.compile(dynamic=False, **compiled_for_training("inductor"))
         elif config.compile == "blocks":
             compile_blocks(self.transformer)
         self._started = time.monotonic()

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from fastvideo.compilation import compiled_for_training
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
 from fastvideo.models.wan.config import AttentionKind
 from fastvideo.settings import Settings
@@ -123,7 +124,7 @@ def shard_model(
     for block in model.blocks:
         if compiler is not None:
             # The function and not the module, so that FSDP's hooks stay outside of the graph.
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=compiler)
+            block.forward = torch.compile(block.forward, fullgraph=True, **compiled_for_training(compiler))
         fully_shard(block, mesh=on.shard, mp_policy=policy, ignored_params=ignored)
     fully_shard(model.condition_embedder.time_embedder, mesh=on.shard, mp_policy=wide)
     fully_shard(model, mesh=on.shard, mp_policy=policy, ignored_params=ignored)
