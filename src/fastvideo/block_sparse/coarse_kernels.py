@@ -188,5 +188,5 @@ def launch_means_backward(
         KV_HEADS=key.shape[2],
         IS_SUM=is_sum,
         HEAD_SIZE=query.shape[3],
-        **arguments | {"num_warps": 4},
+        **arguments,
     )
