@@ -551,8 +551,8 @@ def kernels_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name, function in (
         (launch.fwd, "block_sparse_fwd_kernel", forward_in_torch),
-        (launch.bwd, "block_sparse_bwd_dq_kernel", dq_in_torch),
-        (launch.bwd, "block_sparse_bwd_dkdv_kernel", dkdv_in_torch),
+        (launch.dquery_kernel, "block_sparse_bwd_dq_kernel", dq_in_torch),
+        (launch.dkdv_kernel, "block_sparse_bwd_dkdv_kernel", dkdv_in_torch),
     ):
         monkeypatch.setattr(module, name, InTorch(getattr(module, name), function))
     monkeypatch.setattr(launch, "_num_programs", lambda device: 132)

@@ -5,7 +5,7 @@ cores, and keys of partial tiles are loaded granule by granule. Output and gradi
 inputs. Where small query tiles share a block, a NaN or infinity in a key tile that one of them lists reaches the others.
 
 The parts: `packing` (rows), `plan` (what each block walks), `queues` (which blocks a consumer of the backward works on),
-`forward_kernel` and its `epilogue`, `backward_kernels`, `launch`.
+`forward_kernel` and its `epilogue`, `dquery_kernel`, `dkdv_kernel`, `launch`.
 """
 
 from __future__ import annotations

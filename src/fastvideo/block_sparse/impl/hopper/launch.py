@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from fastvideo.block_sparse.impl import GatedTiles
-from fastvideo.block_sparse.impl.hopper import backward_kernels as bwd
+from fastvideo.block_sparse.impl.hopper import dkdv_kernel, dquery_kernel
 from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
 from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_keys_kernel, pack_layout, pack_queries_kernel
@@ -377,7 +377,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     key_boxes, value_boxes = keys.maps(64, head_size)
     key_granules, value_granules = keys.maps(16, head_size)
     scale = _kernel_scale(call.scale)
-    bwd.block_sparse_bwd_dq_kernel[(programs,)](
+    dquery_kernel.block_sparse_bwd_dq_kernel[(programs,)](
         key_boxes=key_boxes,
         value_boxes=value_boxes,
         key_granules=key_granules,
@@ -422,7 +422,7 @@ def _launch_dkdv(
     query_boxes, dout_boxes = queries.maps(64, head_size)
     query_granules, dout_granules = queries.maps(16, head_size)
     key_boxes, value_boxes = keys.maps(64, head_size)
-    bwd.block_sparse_bwd_dkdv_kernel[(programs,)](
+    dkdv_kernel.block_sparse_bwd_dkdv_kernel[(programs,)](
         query_boxes=query_boxes,
         dout_boxes=dout_boxes,
         stats_boxes=stats_boxes,
