@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,8 @@ def _layer(shape: BenchmarkShape, inputs: Inputs, sparsity: float, tile_tyx: tup
     @functools.cache
     def lists() -> Tensor:
         means = [pool_tiles(x, shape.grid_tyx, tile_tyx=tile_tyx) for x in (inputs.query, inputs.key)]
-        return select_tiles(means[0] * shape.head_size**-0.5, means[1], num_kept)
+        # The scale as the layer passes it: multiplied in beforehand it rounds otherwise, and near ties fall otherwise.
+        return select_tiles(means[0], means[1], num_kept, 1.0 / math.sqrt(shape.head_size))
 
     return Case(
         _label(VSA, impl, tile_tyx, shape, inputs),
