@@ -254,3 +254,27 @@ def test_more_than_two_to_the_31_elements() -> None:
     last = TileLayout.uniform(256, 64, device="cuda")
     everything = torch.arange(4, dtype=torch.int32, device="cuda").expand(1, 1, 4, 4)
     assert torch.equal(attend(**small, pattern=BlockPattern(last, last, everything))[0], got[0][:, -256:])
+
+
+def test_lists_longer_than_a_planner_holds() -> None:
+    """Lists of 492 of 16,384 tiles, more than one chunk of a planner and 246 steps of a walk, against float64 on some tiles."""
+    num_tiles, keep, heads = 16_384, 492, 2
+    layout = TileLayout.uniform(num_tiles * 64, 64, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(5)
+    lists = torch.empty(1, heads, num_tiles, keep, dtype=torch.int32, device="cuda")
+    for rows in lists.view(-1, keep).split(2048):
+        ranks = torch.rand(len(rows), num_tiles, generator=generator, device="cuda")
+        rows.copy_(ranks.topk(keep).indices.sort(-1).values)
+    query, key, value = (
+        torch.randn(1, num_tiles * 64, heads, 128, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3)
+    )
+    out, lse = launch.forward(query, key, value, BlockPattern(layout, layout, lists), 128**-0.5)
+    inside = torch.arange(64, device="cuda")
+    for head in range(heads):
+        for tile in (*range(0, num_tiles, 683), num_tiles - 1):
+            rows, listed = tile * 64 + inside, (lists[0, head, tile, :, None] * 64 + inside).flatten()
+            scores = (query[0, rows, head].double() @ key[0, listed, head].double().T) * 128**-0.5
+            expected = scores.softmax(-1) @ value[0, listed, head].double()
+            # One tile of 492 makes a difference of some 2e-3, rounding one of 3e-4.
+            assert (out[0, rows, head].double() - expected).abs().max() < 8e-4, (head, tile)
+            assert (lse[0, rows, head].double() - scores.logsumexp(-1)).abs().max() < 1e-4, (head, tile)
