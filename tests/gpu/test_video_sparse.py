@@ -11,6 +11,7 @@ import torch
 from fastvideo.attention import DistributedAttention_VSA
 from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.block_sparse import geometry, pool_tiles, selection, video_sparse_attention
+from fastvideo.block_sparse.coarse import make_means
 from fastvideo.block_sparse.fine_stage import _add_gated, _differentiate_added, _differentiate_gated
 from fastvideo.block_sparse.impl import IMPLEMENTATIONS, load_implementation
 from fastvideo.block_sparse.pattern import BlockPattern
@@ -49,6 +50,21 @@ def test_top_k_is_exact(num_columns: int, k: int, kind: str) -> None:
         scores = torch.where(scores > 1.28, 1.0, 1.0 - 2.0**-24)
     ranked = torch.sort(0.0 - scores, dim=-1, stable=True).indices[:, :k].int().sort(dim=-1).values
     assert torch.equal(selection.top_k_ascending(scores.cuda(), k).cpu(), ranked)
+
+
+@pytest.mark.parametrize("grid_tyx", [(21, 45, 80), (64, 128, 128)])
+def test_a_layers_means_are_those_of_pool_tiles(grid_tyx: tuple[int, int, int]) -> None:
+    """Else `pooled=` would choose other tiles where two are nearly equal."""
+    generator = torch.Generator("cuda").manual_seed(4)
+    query, key, value = (
+        torch.randn(1, math.prod(grid_tyx), 2, 128, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3)
+    )
+    means = make_means(query, key, value, grid_tyx, (4, 4, 4), 128**-0.5)
+    for mean, x in zip(means, (query, key), strict=False):
+        assert torch.equal(mean, pool_tiles(x, grid_tyx))
+    num_tiles = means[0].shape[1]
+    lists = [selection.choose_tiles(*means[:2], num_tiles // 33, 128**-0.5) for _ in range(2)]
+    assert torch.equal(*lists)
 
 
 @pytest.mark.parametrize(("num_tiles", "head_size"), [(70, 64), (1440, 128), (300, 72)])
