@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvideo.attention import shared_call
+from fastvideo.attention import parallel, shared_call
 from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
-from fastvideo.distributed.collectives import launch_exchange, pack, unpack
+from fastvideo.distributed.collectives import Launched, launch_exchange, pack, unpack
 from fastvideo.distributed.layouts import ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
@@ -304,3 +304,15 @@ def test_sparse_attention_hides_its_exchange_where_it_pays(
     layout = resolve_layout("ulysses", SequenceGroup("", tuple(range(size)), 0))
     assert num_head_groups(call, layout, None, is_sparse=is_sparse) == expected
     assert num_head_groups(call, layout, 7, is_sparse=is_sparse) == min(7, 40 // size)
+
+
+def test_what_a_backend_returns_of_lent_memory_is_copied() -> None:
+    route = gather_route((1, 2, 1, 2), 1, (1, 1))
+    memory = torch.arange(8.0)
+    lent, owned = (Launched(memory[:4].view(1, 2, 1, 2), None, route, None, number) for number in (3, None))
+    view, other = memory[2:6], torch.ones(2)
+    kept = parallel._kept(view, lent)
+    memory.zero_()
+    assert kept.tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert parallel._kept(other, lent) is other
+    assert parallel._kept(view, owned) is view

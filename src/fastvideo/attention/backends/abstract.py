@@ -237,6 +237,8 @@ class AttentionImpl(ABC, Generic[T]):
     ) -> torch.Tensor:
         """Return attention of `query` over `key` and `value`, `[batch, seq, heads, head_size]` each.
 
+        Nothing may read the inputs after the call: between devices they can lie in memory that is used again.
+
         Implementations may add keyword-only arguments, which layers pass only when a call asks for them: `attn_mask`,
         `dropout_p`, `return_lse`, `gate_compress`, `num_replicated` and `out`.
         """

@@ -77,7 +77,7 @@ def _backward_lists(pattern: BlockPattern) -> Any:
     num_query_tiles = pattern.query_tiles.num_tiles
     first = inverted.offsets[..., :-1, None]
     places = first + torch.arange(num_query_tiles, dtype=torch.int32, device=first.device)
-    # What follows a list is not read.
+    # Entries behind a list are those of others, and not read.
     entries = places.clamp(max=inverted.query_tiles.shape[-1] - 1).flatten(-2).long()
     indices = inverted.query_tiles.gather(-1, entries).view_as(places)
     return _sparse_tensors(inverted.offsets.diff(dim=-1), indices)

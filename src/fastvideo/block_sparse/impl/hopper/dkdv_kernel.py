@@ -7,7 +7,7 @@
   next half step behind dkey's, so that a warpgroup that waits has work under way.
 - Keys and values of a block are sent after the first stages of the ring, which are free before the block before it is
   written; in the other order every block exposes the latency of both.
-- Blocks with long walks come first within a head (`order`): walks of keys differ by how popular a tile is.
+- Each warpgroup works off a queue of blocks (`queues`), since walks of keys differ by how popular a tile is.
 
 Pads of queries have a log-sum-exp of +inf.
 """
