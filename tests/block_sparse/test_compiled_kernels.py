@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from ..distributed import test_merge
 from . import test_triton, test_video_kernels
 from .hopper_compiler import launched_kernels
 from .impl import test_hopper_compile
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kernel_is_compiled_by_a_test() -> None:
-    compiled = test_triton.COMPILED | test_video_kernels.COMPILED | test_hopper_compile.COMPILED
+    compiled = test_triton.COMPILED | test_video_kernels.COMPILED | test_hopper_compile.COMPILED | test_merge.COMPILED
     kernels = launched_kernels()
     assert len(kernels) >= 25
     assert kernels - compiled == set()
@@ -35,5 +36,5 @@ def test_ci_compiles_with_the_oldest_triton_too() -> None:
     folder = re.search(rf"--target (\S+) triton=={oldest}\.0$", install).group(1)
     (run,) = [line for line in recipe.splitlines() if "pytest" in line]
     assert f"PYTHONPATH=src:{folder} " in run
-    for tests in (test_triton, test_video_kernels, test_hopper_compile):
+    for tests in (test_triton, test_video_kernels, test_hopper_compile, test_merge):
         assert str(Path(tests.__file__).relative_to(ROOT)) in run

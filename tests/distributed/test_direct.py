@@ -16,7 +16,7 @@ import torch
 from fastvideo.distributed.collectives import unpack
 from fastvideo.distributed.direct import DirectExchange, direct_exchange, exchange_kind
 from fastvideo.distributed.regions import Regions
-from fastvideo.distributed.ring import regroup_route, ring_steps
+from fastvideo.distributed.ring import regroup_route, ring_steps, way_home
 from fastvideo.distributed.routes import Route, gather_route, has_own_places
 from fastvideo.distributed.rows import Move, copy_wide, rows_of, rows_of_both
 from fastvideo.distributed.ulysses import head_route, share_heads, token_route
@@ -460,6 +460,49 @@ def test_ring_fetches_from_one_and_sends_home(lengths: tuple[int, ...], is_causa
 
     memories = run_ranks(size, 8192, work)
     assert all(peer != memory.rank for memory in memories for peer, _ in memory.waited)
+
+
+@pytest.mark.parametrize("in_one_queue", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 4, 4, 4), (7, 2, 5), (3, 0, 5)])
+def test_a_ring_is_sent_and_its_gradients_are_sent_home(lengths: tuple[int, ...], is_causal: bool, in_one_queue: bool) -> None:
+    """As the backward pass does: keys come a step ahead, gradients go a step behind, call after call."""
+    size = len(lengths)
+    whole = torch.randint(1, 9, (2, sum(lengths), 2, 3)).float()
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        x = shards(whole, 1, lengths)[rank]
+        if is_causal:
+            x = join(exchange, x, regroup_route(x.shape, 1, lengths, rank))
+        steps = ring_steps(rank, x.shape[1], lengths, x.shape, is_causal=is_causal)[1:]
+        for call in range(4):
+            both = ((call + 1) * x, -x)
+            coming, home, going = exchange.send(both, [steps[0].fetch] * 2), torch.zeros_like(x), None
+            for number, step in enumerate(steps):
+                here = coming
+                for received in here.received:
+                    exchange.finish(received)
+                if number + 1 < len(steps):
+                    coming = exchange.send(both, [steps[number + 1].fetch] * 2)
+                seen = torch.cat([whole[:, first:last] for first, last in step.columns], dim=1)
+                torch.testing.assert_close(here.received, ((call + 1) * seen, -seen), rtol=0, atol=0)
+                grads = [10 * received for received in here.received]
+                exchange.give_back(here.number)
+                sent = exchange.send(grads, [way_home(step.fetch)] * 2)
+                for arriving in (going, sent if number + 1 == len(steps) else None):
+                    if arriving is not None:
+                        for received, factor in zip(arriving.received, (call + 1, -1), strict=True):
+                            exchange.finish(received)
+                            count = received.shape[1]
+                            torch.testing.assert_close(received, 10 * factor * x[:, :count], rtol=0, atol=0)
+                            home[:, :count] += received / factor
+                        exchange.give_back(arriving.number)
+                going = sent
+            if not is_causal:
+                assert torch.equal(home, 2 * 10 * (size - 1) * x), "by as many readers, keys and values"
+
+    memories = run_ranks(size, 1024, work, landing=True, in_one_queue=in_one_queue)
+    assert len({memory.num_grown for memory in memories}) == 1
 
 
 def test_routes_of_all_ranks_agree_on_what_is_sent() -> None:

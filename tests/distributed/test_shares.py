@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvideo.attention import parallel, shared_call
+from fastvideo.attention import shared_call
 from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
-from fastvideo.distributed.collectives import Launched, launch_exchange, pack, unpack
+from fastvideo.distributed.collectives import Launched, kept, launch_exchange, pack, unpack
 from fastvideo.distributed.layouts import ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
-from fastvideo.distributed.ring import balanced_pieces, causal_steps, regroup_route, ring_steps
+from fastvideo.distributed.ring import balanced_pieces, causal_steps, regroup_route, ring_steps, way_home
 from fastvideo.distributed.routes import Route, consecutive, gather_route
 from fastvideo.distributed.shards import resolve_lengths, shard_sequence
 from fastvideo.distributed.ulysses import cut_heads, group_lengths, head_route, join_heads, share_heads, token_route
@@ -151,6 +151,10 @@ def test_a_ring_meets_every_pair_once_with_the_keys_that_were_sent(lengths: list
             assert seen == positions(step.columns)
             for i, row in enumerate(positions(held[rank])[slice(*step.rows)]):
                 met[row, seen[: i + 1] if step.is_causal else seen] += 1
+        if number > 0:
+            home = send(arrived, [way_home(steps[rank][number].fetch) for rank in range(size)])
+            assert all(torch.equal(back, own[:, : back.shape[1]]) for back, own in zip(home, keys, strict=True))
+            assert sum(back.shape[1] for back in home) == sum(x.shape[1] for x in arrived)
     expected = torch.ones(total, total, dtype=torch.int64)
     assert torch.equal(met, expected.tril() if is_causal else expected)
 
@@ -311,8 +315,8 @@ def test_what_a_backend_returns_of_lent_memory_is_copied() -> None:
     memory = torch.arange(8.0)
     lent, owned = (Launched(memory[:4].view(1, 2, 1, 2), None, route, None, number) for number in (3, None))
     view, other = memory[2:6], torch.ones(2)
-    kept = parallel._kept(view, lent)
+    copy = kept(view, lent)
     memory.zero_()
-    assert kept.tolist() == [2.0, 3.0, 4.0, 5.0]
-    assert parallel._kept(other, lent) is other
-    assert parallel._kept(view, owned) is view
+    assert copy.tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert kept(other, lent) is other
+    assert kept(view, owned) is view

@@ -26,6 +26,7 @@ from fastvideo.distributed.collectives import (
     exchange,
     finish_exchange,
     give_back,
+    kept,
     launch_exchange,
     launch_exchanges,
 )
@@ -199,7 +200,7 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         part = replace(shared, query=query, key=key, value=value, gate=gate[0] if gate else None)
         part = _with_heads(part, groups, number, ulysses.rank, *heads[:2])
         output, rest = _attend_over_heads(part, layout, chosen)
-        output, rest = _kept(output, arrived[0]), None if rest is None else _kept(rest, arrived[0])
+        output, rest = kept(output, arrived[0]), None if rest is None else kept(rest, arrived[0])
         output = call.packed(output)
         route = token_route(output.shape, shares.query, rows[row], ulysses.rank, is_group=len(groups) > 1)
         into = None
@@ -213,17 +214,10 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         if rest is not None:
             route = gather_route(rest.shape, 2, tuple([stop - start for start, stop in shares.query]))
             rests.append(launch_exchange(rest, route, ulysses))
-        give_back(arrived[0], ulysses)
+        give_back(arrived[0], ulysses.name)
     pieces = [finish_exchange(launched, ulysses) for launched in leaving]
     output = call.unpacked(join_heads(pieces, ulysses.size) if room is None else room.flatten(2, 3))
     return output, join_heads([finish_exchange(launched, ulysses) for launched in rests], ulysses.size) if rests else None
-
-
-def _kept(x: Tensor, arrived: Launched) -> Tensor:
-    """Return `x`, or a copy of it where a backend has returned a view of memory that is to be given back."""
-    if arrived.lent is None or x.untyped_storage().data_ptr() != arrived.received.untyped_storage().data_ptr():
-        return x
-    return x.clone()
 
 
 def _launcher(
@@ -376,8 +370,8 @@ def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple
         if count > 1:
             part = _with_heads(part, groups, number, 0, call.query.shape[2], call.key.shape[2])
         output, rest = _attend_here(part, chosen)
-        output, rest = _kept(output, arrived[0]), None if rest is None else _kept(rest, arrived[0])
-        give_back(arrived[0], ring)
+        output, rest = kept(output, arrived[0]), None if rest is None else kept(rest, arrived[0])
+        give_back(arrived[0], ring.name)
         outputs.append(output)
         rests += [] if rest is None else [rest]
     return torch.cat(outputs, dim=2), torch.cat(rests, dim=2) if rests else None

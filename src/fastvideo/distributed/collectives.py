@@ -29,8 +29,10 @@ __all__ = [
     "exchange",
     "finish_exchange",
     "give_back",
+    "kept",
     "launch_exchange",
     "launch_exchanges",
+    "lend",
     "start",
     "sum_gradient",
     "unpack",
@@ -110,21 +112,42 @@ def launch_exchanges(
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
-    direct = direct_exchange(tensors[0], group.name) if is_lent else None
-    if direct is not None:
-        received, number = direct.send(tensors, routes)
-        return [Launched(x, None, route, None, number) for x, route in zip(received, routes, strict=True)]
+    if is_lent and direct_exchange(tensors[0], group.name) is not None:
+        return lend(tensors, routes, group.name)
     if not is_hidden:
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
     started = start(tensors, routes, group.name, None, is_hidden)
     return [Launched(received, None, route) for received, route in zip(started, routes, strict=True)]
 
 
-def give_back(launched: Launched, group: SequenceGroup) -> None:
+def lend(tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str) -> list[Launched]:
+    """Start the exchange of several tensors as one, without gradient; what comes is needed until `give_back`.
+
+    Args:
+        tensors: What this rank sends.
+        routes: The route of each, of parts that are joined along dim 1.
+        name: Name of the process group.
+    """
+    direct = direct_exchange(tensors[0], name)
+    if direct is None:
+        started = start(tensors, routes, name)
+        return [Launched(x, None, route) for x, route in zip(started, routes, strict=True)]
+    received, number = direct.send(tensors, routes)
+    return [Launched(x, None, route, None, number) for x, route in zip(received, routes, strict=True)]
+
+
+def give_back(launched: Launched, name: str) -> None:
     """Let peers have the memory of what was received together with `launched`, if it was lent; nothing may read it any more."""
-    direct = None if launched.lent is None else direct_exchange(launched.received, group.name)
+    direct = None if launched.lent is None else direct_exchange(launched.received, name)
     if direct is not None and launched.lent is not None:
         direct.give_back(launched.lent)
+
+
+def kept(x: torch.Tensor, launched: Launched) -> torch.Tensor:
+    """Return `x`, or a copy of it where it is a view of memory that is lent together with `launched`."""
+    if launched.lent is None or x.untyped_storage().data_ptr() != launched.received.untyped_storage().data_ptr():
+        return x
+    return x.clone()
 
 
 def finish_exchange(launched: Launched, group: SequenceGroup) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Attention in parts: each rank keeps its queries, keys come shard by shard, and partial results are merged (2310.01889).
 
-`B batch, S tokens of this rank, H heads, D head size, P ranks`. In step j a rank fetches the keys of rank `r - j` straight from
-it while it computes with those of step j - 1. The backward pass fetches them again, computes each part's gradients from the
+`B batch, S tokens of this rank, H heads, D head size, P ranks`. In step j a rank gets the keys of rank `r - j` straight from
+it while it computes with those of step j - 1. The backward pass gets them again, computes each part's gradients from the
 merged output and log-sum-exp, and sends the keys' gradients straight home, where they are added in float32. So memory holds
-the keys of two ranks at a time, whatever P.
+the keys of two ranks at a time, whatever P. All that comes is lent (`fastvideo.distributed.collectives.lend`): a step reads it
+where it lands.
 
 Causal attention is balanced by order: the sequence is cut into 2P pieces, and rank r works on pieces r and 2P - 1 - r
 (zigzag). Callers don't see it: tokens come in neighbouring shards, are regrouped, and go back.
@@ -17,13 +18,22 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastvideo.distributed.collectives import arrive, start
+from fastvideo.distributed.collectives import Launched, arrive, give_back, kept, lend
 from fastvideo.distributed.merge import PartialMerger
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.routes import Cut, Interval, Route
 from fastvideo.distributed.shards import split_lengths
 
-__all__ = ["PartKernels", "Step", "attend_in_parts", "balanced_pieces", "causal_steps", "regroup_route", "ring_steps"]
+__all__ = [
+    "PartKernels",
+    "Step",
+    "attend_in_parts",
+    "balanced_pieces",
+    "causal_steps",
+    "regroup_route",
+    "ring_steps",
+    "way_home",
+]
 
 
 class PartKernels(Protocol):
@@ -110,6 +120,14 @@ def ring_steps(
             )
         steps.append(Step((first_row, num_rows), (0, count), seen, is_causal and not distance, fetch))
     return tuple(steps)
+
+
+def way_home(fetch: Route) -> Route:
+    """Return the route of the gradients of what `fetch` brings, to the first tokens of the rank that they belong to."""
+    back = fetch.back()
+    batch, _, *head = back.shape
+    count = sum(last - first for part in back.receive.parts for first, last in part)
+    return back._replace(shape=(batch, count, *head))
 
 
 def causal_steps(rank: int, size: int, total: int) -> tuple[Step, ...]:
@@ -203,7 +221,9 @@ class _Parts(torch.autograd.Function):
             first, last = step.rows
             if last > first and k.shape[1]:
                 part_mask = _part_mask(mask, step, parts.num_more if number == 0 else 0)
-                merger.add(*kernels.forward(query[:, first:last], k, v, part_mask, step.is_causal), step.rows)
+                out, part_lse = kernels.forward(query[:, first:last], k, v, part_mask, step.is_causal)
+                merger.add(parts.kept(out), part_lse, step.rows)
+            parts.give_back()
         output, lse = merger.output()
         ctx.save_for_backward(query, key, value, mask, more_keys, more_values, output, lse)
         ctx.work = (kernels, steps, name)
@@ -221,7 +241,7 @@ class _Parts(torch.autograd.Function):
         grad_mask = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask_needs_grad else None
         grad_more: list[torch.Tensor | None] = [None, None]
         parts = _Keys(key, value, more_keys, more_values, steps, name)
-        on_the_way: tuple[Sequence[torch.Tensor], Route] | None = None
+        on_the_way: list[Launched] = []
         for number, step in enumerate(steps):
             k, v = parts.of_step(number)
             num_more = parts.num_more if number == 0 else 0
@@ -246,10 +266,10 @@ class _Parts(torch.autograd.Function):
                 for total, part in zip(grad_kv, part_kv, strict=True):
                     total.add(part, step.keys)
             else:
-                route = step.fetch.back()
-                sent = start(part_kv, (route, route), name, is_hidden=number + 1 < len(steps))
+                parts.give_back()
+                sent = lend(part_kv, [way_home(step.fetch)] * 2, name)
                 _add_arrived(grad_kv, on_the_way, name)
-                on_the_way = (sent, route)
+                on_the_way = sent
         _add_arrived(grad_kv, on_the_way, name)
         return (
             grad_query.result(),
@@ -277,25 +297,35 @@ class _Keys:
         self._own = (key, value)
         self._more = None if more_keys is None or more_values is None else (more_keys, more_values)
         self._steps, self._name = steps, name
+        self._here: list[Launched] = []
         self._next = self._start(0)
         self.num_more = 0 if more_keys is None else more_keys.shape[1]
 
     def of_step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values, `[B, n, H, D]`, with the replicated ones behind those of the first step."""
-        step, started = self._steps[number], self._next
-        if step.fetch is None or started is None:
+        step, self._here = self._steps[number], self._next
+        if step.fetch is None:
             first, last = step.keys
             k, v = (x[:, first:last] for x in self._own)
         else:
-            k, v = (arrive(x, step.fetch, self._name) for x in started)
+            k, v = (arrive(launched.received, step.fetch, self._name) for launched in self._here)
         self._next = self._start(number + 1)
         if number == 0 and self._more is not None:
             k, v = torch.cat([k, self._more[0]], dim=1), torch.cat([v, self._more[1]], dim=1)
         return k, v
 
-    def _start(self, number: int) -> Sequence[torch.Tensor] | None:
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a result of this step, or a copy of it where it is a view of the step's keys or values."""
+        return kept(x, self._here[0]) if self._here else x
+
+    def give_back(self) -> None:
+        """Let peers have the memory of this step's keys and values, which nothing reads any more."""
+        if self._here:
+            give_back(self._here[0], self._name)
+
+    def _start(self, number: int) -> list[Launched]:
         fetch = self._steps[number].fetch if number < len(self._steps) else None
-        return None if fetch is None else start(self._own, (fetch, fetch), self._name, is_hidden=True)
+        return [] if fetch is None else lend(self._own, [fetch] * 2, self._name)
 
 
 class _Sum:
@@ -320,12 +350,13 @@ class _Sum:
         return torch.zeros_like(self._x) if self._total is None else self._total.to(self._x.dtype)
 
 
-def _add_arrived(totals: Sequence[_Sum], on_the_way: tuple[Sequence[torch.Tensor], Route] | None, name: str) -> None:
+def _add_arrived(totals: Sequence[_Sum], on_the_way: list[Launched], name: str) -> None:
     """Wait for the gradients of keys and values that another rank has sent home, and add them."""
-    if on_the_way is not None:
-        for total, sent in zip(totals, on_the_way[0], strict=True):
-            arrived = arrive(sent, on_the_way[1], name)
-            total.add(arrived, (0, arrived.shape[1]))
+    for total, launched in zip(totals, on_the_way, strict=False):
+        arrived = arrive(launched.received, launched.route, name)
+        total.add(arrived, (0, arrived.shape[1]))
+    if on_the_way:
+        give_back(on_the_way[0], name)
 
 
 def _part_mask(mask: torch.Tensor | None, step: Step, num_more: int) -> torch.Tensor | None:
