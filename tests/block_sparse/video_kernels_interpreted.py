@@ -53,8 +53,8 @@ def make_scores(kind: str, num_rows: int, num_columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "nan", "all_nan", "zeros", "infinite", "tiny", "spread", "steps"])
 @pytest.mark.parametrize(("num_columns", "k"), [(2, 1), (37, 5), (64, 63), (100, 1), (1440, 144)])
 def test_top_k_is_exact(num_columns: int, k: int, kind: str) -> None:
-    scores = make_scores(kind, 3, num_columns)
-    indices = torch.full((3, k), -7, dtype=torch.int32)
+    scores = make_scores(kind, 2, num_columns)
+    indices = torch.full((2, k), -7, dtype=torch.int32)
     launch_top_k(scores, indices)
     assert indices.tolist() == [reference_top_k(row, k) for row in scores.tolist()]
 
@@ -97,6 +97,8 @@ def test_means_that_are_nan_and_infinite_give_k_distinct_tiles() -> None:
 
 
 CASES = [((1, 1, 1), (4, 4, 4)), ((2, 2, 4), (2, 2, 2)), ((5, 3, 3), (4, 4, 4)), ((3, 6, 5), (3, 5, 4)), ((1, 2, 3), (1, 1, 1))]
+# Text is left alone in the same way whatever the dtype.
+TEXT_AND_DTYPE = [(0, torch.float32), (3, torch.float16)]
 
 
 def surrounded(x: torch.Tensor) -> torch.Tensor:
@@ -119,8 +121,7 @@ def test_tile_means(grid_tyx, tile_tyx, dtype, monkeypatch) -> None:
     assert got.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("num_text", [0, 3])
+@pytest.mark.parametrize(("num_text", "dtype"), TEXT_AND_DTYPE)
 @pytest.mark.parametrize(("grid_tyx", "tile_tyx"), CASES)
 def test_means_of_three_at_once(grid_tyx, tile_tyx, num_text, dtype, monkeypatch) -> None:
     layouts = geometry.video_geometry(TileGrid(grid_tyx, tile_tyx), "cpu", num_text)
@@ -155,8 +156,7 @@ def test_means_of_three_at_once(grid_tyx, tile_tyx, num_text, dtype, monkeypatch
 
 
 @pytest.mark.parametrize("in_kernels", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("num_text", [0, 3])
+@pytest.mark.parametrize(("num_text", "dtype"), TEXT_AND_DTYPE)
 @pytest.mark.parametrize(("grid_tyx", "tile_tyx"), CASES)
 def test_gradients_of_means_are_added_to_those_of_tokens(grid_tyx, tile_tyx, num_text, dtype, in_kernels, monkeypatch) -> None:
     if not in_kernels:
