@@ -78,8 +78,7 @@ class ThreadMemory:
         return tuple(memory.data_ptr() for memory in self._shared.memory)
 
     def grow(self, capacity: int, waits: Sequence[tuple[int, int]]) -> None:
-        for peer, number in waits:
-            self.wait_read(self._caller, peer, number)
+        self.wait_read(self._caller, waits)
         for stream in (self.copies, self.own, self.words):
             self.after(self._caller, self.mark(stream))
         self._shared.growing.wait(TIMEOUT)
@@ -111,6 +110,11 @@ class ThreadMemory:
 
         stream.give(wait)
 
+    def follow(self, streams: Sequence[Caller | ThreadStream], leader: Caller | ThreadStream) -> None:
+        mark = self.mark(leader)
+        for stream in streams:
+            self.after(stream, mark)
+
     def copy(self, stream: Caller | ThreadStream, moves: Sequence[Move], bases: Sequence[int]) -> None:
         places = list(bases)
 
@@ -123,36 +127,39 @@ class ThreadMemory:
 
         stream.give(copy)
 
-    def _write(self, stream: Caller | ThreadStream, kind: str, peer: int, number: int) -> None:
+    def _write(self, stream: Caller | ThreadStream, kind: str, peers: Sequence[int], number: int) -> None:
+        assert self.rank not in peers
+
         def write() -> None:
             with self._shared.changed:
-                self._shared.words[kind][peer][self.rank] = number
+                for peer in peers:
+                    self._shared.words[kind][peer][self.rank] = number
                 self._shared.changed.notify_all()
 
         stream.give(write)
 
-    def _wait(self, stream: Caller | ThreadStream, kind: str, peer: int, number: int) -> None:
-        assert peer != self.rank
+    def _wait(self, stream: Caller | ThreadStream, kind: str, waits: Sequence[tuple[int, int]]) -> None:
+        assert all(peer != self.rank for peer, _ in waits)
 
         def wait() -> None:
             with self._shared.changed:
                 word = self._shared.words[kind][self.rank]
-                assert self._shared.changed.wait_for(lambda: word[peer] >= number, TIMEOUT)
+                assert self._shared.changed.wait_for(lambda: all(word[peer] >= number for peer, number in waits), TIMEOUT)
 
         stream.give(wait)
 
-    def write_written(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
-        self._write(stream, "written", peer, number)
+    def write_written(self, stream: Caller | ThreadStream, peers: Sequence[int], number: int) -> None:
+        self._write(stream, "written", peers, number)
 
-    def write_read(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
-        self._write(stream, "read", peer, number)
+    def write_read(self, stream: Caller | ThreadStream, peers: Sequence[int], number: int) -> None:
+        self._write(stream, "read", peers, number)
 
-    def wait_written(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
-        self._wait(stream, "written", peer, number)
+    def wait_written(self, stream: Caller | ThreadStream, peers: Sequence[int], number: int) -> None:
+        self._wait(stream, "written", [(peer, number) for peer in peers])
 
-    def wait_read(self, stream: Caller | ThreadStream, peer: int, number: int) -> None:
-        self.waited.append((peer, number))
-        self._wait(stream, "read", peer, number)
+    def wait_read(self, stream: Caller | ThreadStream, waits: Sequence[tuple[int, int]]) -> None:
+        self.waited += waits
+        self._wait(stream, "read", waits)
 
 
 def run_ranks(

@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ from fastvideo.settings import Settings
 __all__ = ["DirectExchange", "Sent", "direct_exchange", "exchange_kind", "finish_direct"]
 
 
-class _Coming(NamedTuple):
+@dataclass
+class _Coming:
     """What is on its way to this rank, or lent to it.
 
     Attributes:
@@ -46,6 +48,7 @@ class _Coming(NamedTuple):
         sent: A mark of when this rank has sent what it sends.
         sources: What copy engines read meanwhile, which must not be given to others before they have.
         lent: Number of an exchange by sending; 0 where what is received is this rank's for good.
+        reader: A stream that waits for it already.
     """
 
     received: Sequence[torch.Tensor]
@@ -53,6 +56,7 @@ class _Coming(NamedTuple):
     sent: Any
     sources: Sequence[torch.Tensor]
     lent: int = 0
+    reader: Any = None
 
 
 class Sent(NamedTuple):
@@ -109,37 +113,32 @@ class DirectExchange:
             claim = self._packed.claim(recipe.length, recipe.readers, memory.capacity, memory.grow)
             received = (into,) if into is not None else tuple(map(torch.Tensor.new_empty, tensors, recipe.shapes))
             bases = _bases(tensors, received, memory.addresses, claim.start)
-            current, copies = memory.current(), memory.copies
+            current, copies, own = memory.current(), memory.copies, memory.own
             for piece in recipe.own:
                 if piece.moves is None:
                     _copy_by_kernel(piece, tensors, received[piece.target.base - len(tensors)])
             # What is received takes memory that kernels before may still use.
-            memory.after(copies, memory.mark(current))
-            is_beside = is_hidden and all(piece.moves is not None for _, pieces in recipe.packs for piece in pieces)
-            packing = copies if is_beside else current
+            memory.follow((copies, own) if recipe.stays else (copies,), current)
+            packing = copies if is_hidden and recipe.is_copied else current
             _wait_for_readers(memory, packing, claim.waits)
-            for readers, pieces in recipe.packs:
-                for piece in pieces:
-                    if piece.moves is not None and (is_beside or piece.is_plain):
-                        memory.copy(packing, piece.moves, bases)
-                    else:
-                        staging = memory.view(tensors[piece.source.base].dtype)
-                        _copy_by_kernel(piece, tensors, staging, claim.start)
-                memory.after(memory.words, memory.mark(packing))
-                for reader in readers:
-                    memory.write_written(memory.words, reader, claim.number)
-            own = [move for piece in recipe.own for move in piece.moves or ()]
-            if own:
-                memory.after(memory.own, memory.mark(current))
-                memory.copy(memory.own, own, bases)
+            for piece in recipe.packs:
+                if piece.moves is not None and (packing is copies or piece.is_plain):
+                    memory.copy(packing, piece.moves, bases)
+                else:
+                    _copy_by_kernel(piece, tensors, memory.view(tensors[piece.source.base].dtype), claim.start)
+            if recipe.readers:
+                memory.follow((memory.words,), packing)
+                memory.write_written(memory.words, recipe.readers, claim.number)
+            if recipe.stays:
+                memory.copy(own, recipe.stays, bases)
             for peer, moves in recipe.fetches:
-                memory.wait_written(copies, peer, claim.number)
+                memory.wait_written(copies, (peer,), claim.number)
                 memory.copy(copies, moves, bases)
-            if own:
-                memory.after(copies, memory.mark(memory.own))
+            if recipe.stays:
+                memory.follow((copies,), own)
             done = memory.mark(copies)
-            for peer, _ in recipe.fetches:
-                memory.write_read(copies, peer, claim.number)
+            if recipe.fetches:
+                memory.write_read(copies, [peer for peer, _ in recipe.fetches], claim.number)
             if not self._await(_Coming(received, done, done, tensors)):
                 memory.after(current, done)
         return received
@@ -164,16 +163,15 @@ class DirectExchange:
                 [_tensor(form, memory.view(x.dtype), claim.start) for form, x in zip(recipe.received, tensors, strict=True)]
             )
             bases = _bases(tensors, received, memory.addresses, claim.start)
-            copies, own, ready = memory.copies, memory.own, memory.mark(memory.current())
-            memory.after(copies, ready)
+            copies, own = memory.copies, memory.own
+            memory.follow((copies, own), memory.current())
             _wait_for_readers(memory, copies, claim.waits)
-            for peer, moves in recipe.sends:
-                memory.copy(copies, moves, bases)
-                memory.write_written(copies, peer, claim.number)
-            memory.after(own, ready)
+            memory.copy(copies, recipe.sends, bases)
+            if recipe.receivers:
+                memory.write_written(copies, recipe.receivers, claim.number)
             memory.copy(own, recipe.own, bases)
-            for sender in recipe.senders:
-                memory.wait_written(own, sender, claim.number)
+            if recipe.senders:
+                memory.wait_written(own, recipe.senders, claim.number)
             coming = _Coming(received, memory.mark(own), memory.mark(copies), tensors, claim.number)
             self._await(coming)
             self._lent.append(coming)
@@ -185,7 +183,10 @@ class DirectExchange:
         if coming is None:
             return False
         memory = self._landing if coming.lent else self._staging
-        memory.after(memory.current(), coming.done)
+        current = memory.current()
+        if coming.reader != current:
+            memory.after(current, coming.done)
+            coming.reader = current
         return True
 
     def give_back(self, number: int) -> None:
@@ -199,9 +200,8 @@ class DirectExchange:
                 memory.after(current, coming.sent)
                 for x in coming.received:
                     self._coming.pop(x.data_ptr(), None)
-            memory.after(memory.words, memory.mark(current))
-            for peer in self._peers:
-                memory.write_read(memory.words, peer, number)
+            memory.follow((memory.words,), current)
+            memory.write_read(memory.words, self._peers, number)
 
     def _grow_landing(self, capacity: int, _waits: Sequence[tuple[int, int]]) -> None:
         """Replace the memory in which others' parts land. What is lent stays in the old one, where all of it has arrived."""
@@ -219,10 +219,9 @@ def _wait_for_readers(memory: PeerMemory, stream: Any, waits: Sequence[tuple[int
 
     A word takes a stream some microseconds even where it has come, so that one waits that has nothing else to do.
     """
-    for peer, number in waits:
-        memory.wait_read(memory.words, peer, number)
     if waits:
-        memory.after(stream, memory.mark(memory.words))
+        memory.wait_read(memory.words, waits)
+        memory.follow((stream,), memory.words)
 
 
 def _copy_by_kernel(piece: Piece, tensors: Sequence[torch.Tensor], target: torch.Tensor, start: int = 0) -> None:

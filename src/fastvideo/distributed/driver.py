@@ -1,13 +1,17 @@
-"""The four calls of CUDA's driver that an exchange is made of, by `ctypes`, which adds little to what the driver itself takes.
+"""The calls of CUDA's driver that an exchange is made of, by `ctypes`, which adds little to what the driver itself takes.
 
-Streams are handles and memory is addresses, both as integers; the device's context is current, as it is after any call of torch
-for that device.
+Streams and events are handles and memory is addresses, all as integers; the device's context is current, as it is after any
+call of torch for that device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastvideo.distributed.rows import Move
 
 __all__ = ["Driver", "open_driver"]
 
@@ -17,6 +21,12 @@ _ANY_MEMORY = 4
 
 _AT_LEAST = 0
 """`CU_STREAM_WAIT_VALUE_GEQ`: numbers are compared cyclically."""
+
+_WAIT, _WRITE = 1, 2
+"""`CU_STREAM_MEM_OP_WAIT_VALUE_32` and `CU_STREAM_MEM_OP_WRITE_VALUE_32`."""
+
+_NO_TIMING = 2
+"""`CU_EVENT_DISABLE_TIMING`."""
 
 _Address, _Handle, _Size = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t
 
@@ -44,8 +54,31 @@ class _Rectangle(ctypes.Structure):
     )
 
 
+class _Words:
+    """Several words that are written or waited for by one call: an array of `CUstreamBatchMemOpParams`, 48 bytes each.
+
+    Args:
+        operation: What is done with them.
+    """
+
+    def __init__(self, operation: int) -> None:
+        self._operation, self._count = operation, 0
+        self._room: ctypes.Array[ctypes.c_uint64] = (ctypes.c_uint64 * 0)()
+
+    def fill(self, words: Sequence[tuple[int, int]]) -> ctypes.Array[ctypes.c_uint64]:
+        """Return the array for these addresses and numbers; the next call uses its memory again."""
+        if len(words) > self._count:
+            self._count = len(words)
+            # The operation, the address, the number, flags (0 is `CU_STREAM_WAIT_VALUE_GEQ` too), an alias, and padding.
+            self._room = (ctypes.c_uint64 * (6 * self._count))(*[self._operation, 0, 0, 0, 0, 0] * self._count)
+        room = self._room
+        for place, (address, number) in enumerate(words):
+            room[6 * place + 1], room[6 * place + 2] = address, number & 0xFFFFFFFF
+        return room
+
+
 class Driver:
-    """Copies and words between devices. One thread at a time.
+    """Copies, words between devices and the order of streams. One thread at a time.
 
     Args:
         library: The driver.
@@ -62,30 +95,71 @@ class Driver:
         self._write = library.cuStreamWriteValue32_v2
         self._wait = library.cuStreamWaitValue32_v2
         self._write.argtypes = self._wait.argtypes = (_Handle, _Address, ctypes.c_uint32, ctypes.c_uint)
+        self._words = library.cuStreamBatchMemOp_v2
+        self._words.argtypes = (_Handle, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
+        self._create = library.cuEventCreate
+        self._create.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint)
+        self._record = library.cuEventRecord
+        self._record.argtypes = (_Handle, _Handle)
+        self._after = library.cuStreamWaitEvent
+        self._after.argtypes = (_Handle, _Handle, ctypes.c_uint)
         self._rows = _Rectangle(source_type=_ANY_MEMORY, target_type=_ANY_MEMORY)
         self._rows_here = ctypes.byref(self._rows)
+        self._writes, self._waits = _Words(_WRITE), _Words(_WAIT)
 
-    def copy(self, target: int, source: int, length: int, stream: int) -> None:
-        """Copy `length` bytes."""
-        _check(self._copy_line(target, source, length, stream))
+    def copy(self, stream: int, moves: Sequence[Move], bases: Sequence[int]) -> None:
+        """Copy rows between memories that begin at `bases`."""
+        rows, copy_rows, where = self._rows, self._copy_rows, self._rows_here
+        for to, target, target_distance, of, source, source_distance, length, number in moves:
+            if number == 1:
+                error = self._copy_line(bases[to] + target, bases[of] + source, length, stream)
+            else:
+                rows.target, rows.target_distance = bases[to] + target, target_distance
+                rows.source, rows.source_distance = bases[of] + source, source_distance
+                rows.length, rows.number = length, number
+                error = copy_rows(where, stream)
+            if error:
+                _fail(error)
 
-    def copy_rows(
-        self, target: int, target_distance: int, source: int, source_distance: int, length: int, number: int, stream: int
-    ) -> None:
-        """Copy `number` rows of `length` bytes, at these distances from the start of one to that of the next."""
-        rows = self._rows
-        rows.target, rows.target_distance = target, target_distance
-        rows.source, rows.source_distance = source, source_distance
-        rows.length, rows.number = length, number
-        _check(self._copy_rows(self._rows_here, stream))
+    def write(self, stream: int, words: Sequence[tuple[int, int]]) -> None:
+        """Write 32 bits each to addresses once all that was given to the stream before is done and seen by everyone."""
+        if len(words) == 1:
+            ((address, number),) = words
+            error = self._write(stream, address, number & 0xFFFFFFFF, 0)
+        else:
+            error = self._words(stream, len(words), self._writes.fill(words), 0)
+        if error:
+            _fail(error)
 
-    def write(self, stream: int, address: int, number: int) -> None:
-        """Write 32 bits once all that was given to the stream before is done and seen by everyone."""
-        _check(self._write(stream, address, number & 0xFFFFFFFF, 0))
+    def wait(self, stream: int, words: Sequence[tuple[int, int]]) -> None:
+        """Let what comes next on the stream wait until the 32 bits at each address are at least its number."""
+        if len(words) == 1:
+            ((address, number),) = words
+            error = self._wait(stream, address, number & 0xFFFFFFFF, _AT_LEAST)
+        else:
+            error = self._words(stream, len(words), self._waits.fill(words), 0)
+        if error:
+            _fail(error)
 
-    def wait(self, stream: int, address: int, number: int) -> None:
-        """Let what comes next on the stream wait until the 32 bits at `address` are at least `number`."""
-        _check(self._wait(stream, address, number & 0xFFFFFFFF, _AT_LEAST))
+    def new_event(self) -> int:
+        """Return an event, which lasts as long as the process."""
+        event = ctypes.c_void_p()
+        error = self._create(ctypes.byref(event), _NO_TIMING)
+        if error:
+            _fail(error)
+        return event.value or 0
+
+    def record(self, event: int, stream: int) -> None:
+        """Let the event stand for all that was given to the stream so far."""
+        error = self._record(event, stream)
+        if error:
+            _fail(error)
+
+    def after(self, stream: int, event: int) -> None:
+        """Let what comes next on the stream wait for what the event stands for now."""
+        error = self._after(stream, event, 0)
+        if error:
+            _fail(error)
 
 
 @functools.cache
@@ -109,7 +183,5 @@ def open_driver() -> Driver | None:
         return None
 
 
-def _check(error: int) -> None:
-    """Raise if a call failed."""
-    if error != 0:
-        raise RuntimeError(f"CUDA refused a copy or a word between devices: its driver returned error {error}")
+def _fail(error: int) -> NoReturn:
+    raise RuntimeError(f"CUDA refused a copy or a word between devices: its driver returned error {error}")

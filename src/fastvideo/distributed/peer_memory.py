@@ -59,22 +59,26 @@ class PeerMemory(Protocol):
         """Let what comes next on a stream wait for a mark."""
         ...
 
+    def follow(self, streams: Sequence[Any], leader: Any) -> None:
+        """Let what comes next on these streams wait for all that was given to `leader` so far."""
+        ...
+
     def copy(self, stream: Any, moves: Sequence[Move], bases: Sequence[int]) -> None:
         """Copy rows between memories that begin at `bases`."""
         ...
 
-    def write_written(self, stream: Any, peer: int, number: int) -> None:
-        """Tell a peer that this rank has written all of exchange `number`."""
+    def write_written(self, stream: Any, peers: Sequence[int], number: int) -> None:
+        """Tell peers, at least one, that this rank has written all of exchange `number`."""
         ...
 
-    def write_read(self, stream: Any, peer: int, number: int) -> None:
-        """Tell a peer that this rank has read all of exchange `number`."""
+    def write_read(self, stream: Any, peers: Sequence[int], number: int) -> None:
+        """Tell peers, at least one, that this rank has read all of exchange `number`."""
         ...
 
-    def wait_written(self, stream: Any, peer: int, number: int) -> None:
-        """Let what comes next on a stream wait until a peer has written all of exchange `number`."""
+    def wait_written(self, stream: Any, peers: Sequence[int], number: int) -> None:
+        """Let what comes next on a stream wait until peers, at least one, have written all of exchange `number`."""
         ...
 
-    def wait_read(self, stream: Any, peer: int, number: int) -> None:
-        """Let what comes next on a stream wait until a peer has read all of exchange `number`."""
+    def wait_read(self, stream: Any, waits: Sequence[tuple[int, int]]) -> None:
+        """Let what comes next on a stream wait until peers, at least one, have each read all of an exchange."""
         ...

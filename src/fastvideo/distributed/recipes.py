@@ -47,16 +47,20 @@ class Fetching(NamedTuple):
     Attributes:
         length: Bytes of the region that every rank packs for its peers.
         readers: Peers that fetch from this rank.
-        packs: What goes to this rank's region, and who waits for it; those who fetch from this rank first come first.
+        packs: What goes to this rank's region; what is fetched first comes first.
         own: What stays on this rank.
+        stays: The moves of that, where copy engines take it.
+        is_copied: Copy engines take all that is packed.
         fetches: What this rank fetches, by peer, next rank first.
         shapes: Of what is received.
     """
 
     length: int
     readers: tuple[int, ...]
-    packs: tuple[tuple[tuple[int, ...], tuple[Piece, ...]], ...]
+    packs: tuple[Piece, ...]
     own: tuple[Piece, ...]
+    stays: tuple[Move, ...]
+    is_copied: bool
     fetches: tuple[tuple[int, tuple[Move, ...]], ...]
     shapes: tuple[tuple[int, ...], ...]
 
@@ -68,7 +72,8 @@ class Sending(NamedTuple):
         length: Bytes of the region in which each rank receives.
         readers: Peers that receive from others.
         senders: Peers that send to this rank.
-        sends: What this rank sends, by peer, next rank first.
+        receivers: Peers that this rank sends to.
+        sends: What it sends, to the next rank first.
         own: What stays on this rank.
         received: What is received: where in this rank's region, and how.
     """
@@ -76,7 +81,8 @@ class Sending(NamedTuple):
     length: int
     readers: tuple[int, ...]
     senders: tuple[int, ...]
-    sends: tuple[tuple[int, tuple[Move, ...]], ...]
+    receivers: tuple[int, ...]
+    sends: tuple[Move, ...]
     own: tuple[Move, ...]
     received: tuple[Form, ...]
 
@@ -121,12 +127,14 @@ def fetching(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int, 
                 place += math.prod(target.shape) * layout.item
         start += aligned(max(places.packed) * layout.item)
     readers = tuple([peer for peer in packs if any(route.counts[rank][peer] for route in routes)])
-    together = all(route.is_gather for route in routes)
+    packed = tuple([piece for pieces in packs.values() for piece in pieces])
     return Fetching(
         start,
         readers,
-        ((readers, tuple(packs[peers[-1]])),) if together else tuple([((peer,), tuple(packs[peer])) for peer in readers]),
+        packed,
         tuple([piece for piece in own if piece.moves != ()]),
+        tuple([move for piece in own for move in piece.moves or ()]),
+        all(piece.moves is not None for piece in packed),
         tuple([(peer, tuple(found)) for peer, found in fetches.items() if found]),
         tuple(shapes),
     )
@@ -171,7 +179,8 @@ def sending(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int) -
         start,
         tuple([p for p in peers if any(route.counts[s][p] for route in routes for s in everyone if s != p)]),
         tuple([peer for peer in peers if any(route.counts[peer][rank] for route in routes)]),
-        tuple([(peer, tuple(sends[peer])) for peer in peers if sends[peer]]),
+        tuple([peer for peer in peers if sends[peer]]),
+        tuple([move for peer in peers for move in sends[peer]]),
         tuple(sends[rank]),
         tuple(received),
     )
