@@ -184,15 +184,15 @@ class Block(torch.nn.Module):
         return self.cross(x, text, text, attn_mask=padding)
 
 
-@pytest.mark.parametrize("layer_cls", LAYERS)
-def test_fullgraph_compile_forward_and_backward(layer_cls) -> None:
+@pytest.mark.parametrize(("layer_cls", "compiler"), zip(LAYERS, ("aot_eager", "aot_eager", "inductor"), strict=True))
+def test_fullgraph_compile_forward_and_backward(layer_cls, compiler) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = Block(layer_cls)
     x, text = torch.randn(1, 256, 2, 16), torch.randn(1, 6, 2, 16)
     angles, padding = torch.randn(256, 8), torch.tensor([[True] * 4 + [False] * 2])
     results = []
-    for run in (block, torch.compile(block, fullgraph=True)):
+    for run in (block, torch.compile(block, fullgraph=True, backend=compiler)):
         block.zero_grad()
         leaf = x.clone().requires_grad_()
         with set_forward_context(0, metadata(0.5)):
