@@ -51,7 +51,7 @@ def set_variant(variant: str, shipped: dict[str, Any]) -> None:
     for name, text in (part.split("=") for part in variant.split(",") if part):
         value = int(text)
         if name == "in_place":
-            launch._in_place = shipped["_in_place"] if value else (lambda *_: None)
+            launch.in_place = shipped["in_place"] if value else (lambda *_: None)
         elif name in ("step", "scratch"):
             setattr(launch, {"step": "_IN_STEP_BYTES", "scratch": "_SCRATCH_BYTES"}[name], value << 20)
         elif name == "looks":
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
-    names = ("_IN_STEP_BYTES", "_LOOKS", "_SCRATCH_BYTES", "_in_place", "FWD", "DQ", "DKDV")
+    names = ("_IN_STEP_BYTES", "_LOOKS", "_SCRATCH_BYTES", "in_place", "FWD", "DQ", "DKDV")
     shipped = {name: getattr(launch, name) for name in names}
     shipped = {name: {k: dict(v) for k, v in x.items()} if isinstance(x, dict) else x for name, x in shipped.items()}
     rows = []

@@ -8,14 +8,21 @@ Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a b
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (the types of kernel arguments are Triton's, not Python's)
 
+import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvideo.platforms.triton_launch import PreparedKernel
 from fastvideo.video import TileGrid
 from fastvideo.video.pooling_kernels import num_column_blocks, pool_arguments, pool_run, quotient
+
+# Launches of so many shapes are kept.
+_NUM_PREPARED = 64
+_MEANS = ("query", "key", "value", "mean_query", "mean_key", "low_query", "low_key", "low_value")
 
 
 @triton.jit(do_not_specialize=["T", "Y", "X", "RUN", "HEADS", "KV_HEADS"])
@@ -153,22 +160,27 @@ def launch_means(
 
     Inputs have a contiguous last dimension and begin with the tokens of `grid`; `means` are `[B, N, H, D]`, contiguous.
     """
-    num_blocks = num_column_blocks(query) + (1 if value is None else 2) * num_column_blocks(key)
-    num_runs, arguments = pool_arguments(grid, num_blocks * query.shape[0], query.itemsize)
-    tile_means_kernel[(num_runs * num_blocks, query.shape[0])](
-        query,
-        key,
-        value,
-        *means,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *(key if value is None else value).stride()[:3],
-        float(scale),
-        HEADS=query.shape[2],
-        KV_HEADS=key.shape[2],
-        HEAD_SIZE=query.shape[3],
-        **arguments,
-    )
+    shapes, strides = (query.shape, key.shape), (query.stride(), key.stride(), (key if value is None else value).stride())
+    kernel = _prepared_means(grid, shapes, strides, value is not None, query.itemsize, float(scale))
+    kernel(query, key, value, *means)
+
+
+@functools.lru_cache(_NUM_PREPARED)
+def _prepared_means(
+    grid: TileGrid,
+    shapes: tuple[torch.Size, torch.Size],
+    strides: tuple[tuple[int, ...], ...],
+    has_value: bool,
+    itemsize: int,
+    scale: float,
+) -> PreparedKernel:
+    query, key = shapes
+    num_blocks = num_column_blocks(query) + (2 if has_value else 1) * num_column_blocks(key)
+    num_runs, arguments = pool_arguments(grid, num_blocks * query[0], itemsize)
+    for name, (s_b, s_s, s_h, _) in zip("qkv", strides, strict=True):
+        arguments |= {f"s_{name}b": s_b, f"s_{name}s": s_s, f"s_{name}h": s_h}
+    numbers = {"scale": scale, "HEADS": query[2], "KV_HEADS": key[2], "HEAD_SIZE": query[3]}
+    return PreparedKernel(tile_means_kernel, (num_runs * num_blocks, query[0]), _MEANS, arguments | numbers)
 
 
 def launch_means_backward(
@@ -176,7 +188,7 @@ def launch_means_backward(
 ) -> None:
     """Fill the tokens of `grid` in `grads` from `dlow`, `[B, N, H, D]`, or add to them; all are contiguous."""
     query, key = grads[:2]
-    num_blocks = num_column_blocks(query) + 2 * num_column_blocks(key)
+    num_blocks = num_column_blocks(query.shape) + 2 * num_column_blocks(key.shape)
     num_runs, arguments = pool_arguments(grid, num_blocks * query.shape[0], query.itemsize)
     tile_means_bwd_kernel[(num_runs * num_blocks, query.shape[0])](
         *dlow,

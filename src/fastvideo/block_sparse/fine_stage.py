@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.eager import eager_function, function_of
+from fastvideo.block_sparse.eager import eager_function, function_of, without_autocast
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
 from fastvideo.block_sparse.impl import GatedTiles, Implementation, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
@@ -100,18 +100,22 @@ class _Call:
         if text_keys is not None:
             indices = torch.cat([indices, text_keys.expand(*indices.shape[:3], -1)], dim=-1)
         self.video_pattern = BlockPattern(self.geometry.video_tiles, key_tiles, indices)
-        self.video = self._implementation(query[:, : self.num_video], key, value, self.video_pattern, impl)
+        self.video = self._implementation(self.video_rows(query), key, value, self.video_pattern, impl)
         if self.geometry.text_tiles is not None and self.geometry.text_lists is not None:
             self.text_pattern = BlockPattern(self.geometry.text_tiles, key_tiles, self.geometry.text_lists)
-            self.text = self._implementation(query[:, self.num_video :], key, value, self.text_pattern, impl)
+            self.text = self._implementation(self.text_rows(query), key, value, self.text_pattern, impl)
 
     @staticmethod
     def _implementation(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, impl: str) -> Implementation:
         return load_implementation(choose_implementation(query, key, value, pattern, impl or None)[0])
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of video and text."""
-        return x[:, : self.num_video], x[:, self.num_video :]
+    def video_rows(self, x: Tensor) -> Tensor:
+        """The rows of the video in `[B, S + R, ...]`: without text the tensor itself, since a view costs the host time."""
+        return x if self.geometry.text_tiles is None else x[:, : self.num_video]
+
+    def text_rows(self, x: Tensor) -> Tensor:
+        """The rows of the text."""
+        return x[:, self.num_video :]
 
 
 def run_forward(
@@ -130,16 +134,18 @@ def run_forward(
     """The custom op behind `attend_to_tiles`: the output and the log-sum-exp, `[B, S + R, Hq]`."""
     call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
     added = None if coarse is None or gate is None else GatedTiles(gate, coarse)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         if not num_replicated and call.video.forward_into is None:
             fine, lse = call.video.forward(query, key, value, call.video_pattern, scale)
             return _add_gated(fine, coarse, gate, fine, call.geometry), lse
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
-        queries, outs, sums = call.split(query), call.split(out), call.split(lse)
-        _write(call.video, (queries[0], key, value), call.video_pattern, scale, outs[0], sums[0], added, call.geometry)
+        video, text = call.video_rows, call.text_rows
+        inputs = (video(query), key, value)
+        _write(call.video, inputs, call.video_pattern, scale, video(out), video(lse), added, call.geometry)
         if num_replicated:
-            _write(call.text, (queries[1], key, value), call.text_pattern, scale, outs[1], sums[1], None, call.geometry)
+            inputs = (text(query), key, value)
+            _write(call.text, inputs, call.text_pattern, scale, text(out), text(lse), None, call.geometry)
         return out, lse
 
 
@@ -192,10 +198,9 @@ def _backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
-    (video_query, text_query), (video_dout, text_dout) = call.split(query), call.split(dout)
-    (video_out, text_out), (video_lse, text_lse) = call.split(out), call.split(lse)
+    video_query, video_dout, video_out, video_lse = (call.video_rows(x) for x in (query, dout, out, lse))
     dcoarse, dgate = query.new_empty(0), query.new_empty(0)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         dlse = None
         if coarse is not None and gate is not None:
             gated = (coarse, gate, call.geometry)
@@ -208,6 +213,7 @@ def _backward_op(
         )
         del video_out, dlse
         if num_replicated:
+            text_query, text_dout, text_out, text_lse = (call.text_rows(x) for x in (query, dout, out, lse))
             text = call.text.backward(text_dout, None, text_query, key, value, text_out, text_lse, call.text_pattern, scale)
             dq, dk, dv = torch.cat([dq, text[0]], dim=1), dk.add_(text[1]), dv.add_(text[2])
     return dq, dk, dv, dcoarse, dgate

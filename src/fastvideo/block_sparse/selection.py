@@ -71,7 +71,7 @@ def top_k_ascending(scores: Tensor, k: int) -> Tensor:
 
         indices = scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32)
         with device_of(scores):
-            launch_top_k(scores.contiguous().view(-1, num_tiles), indices.view(-1, k))
+            launch_top_k(scores.contiguous(), indices)
         return indices
     # An ascending sort of the negated scores puts NaN last; subtracting from +0 makes one zero of both.
     ranked = torch.sort(0.0 - scores, dim=-1, stable=True).indices[..., :k]
@@ -114,7 +114,9 @@ def choose_tiles(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Ten
     for first in range(0, batch * num_heads, step_lists):
         lists = range(first, min(first + step_lists, batch * num_heads))
         for row in range(0, num_tiles, step_rows):
-            part = indices[lists.start : lists.stop, row : row + step_rows]
+            # A view costs the host as much as a small launch.
+            is_all = num_steps == 1 and step_rows == num_tiles
+            part = indices if is_all else indices[lists.start : lists.stop, row : row + step_rows]
             if in_kernels:
                 _select_in_kernels(query, key, part, lists, row, scale)
             else:
@@ -179,4 +181,4 @@ def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, r
     scores = query.new_empty(*part.shape[:2], row_stride(num_tiles))
     with device_of(query):
         launch_scores(query, key, scores, lists.start, row, scale)
-        launch_top_k(scores.view(-1, scores.shape[-1]), part.view(-1, part.shape[-1]), num_tiles)
+        launch_top_k(scores, part, num_tiles)

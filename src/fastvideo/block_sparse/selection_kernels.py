@@ -20,6 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvideo.platforms.triton_launch import PreparedKernel
+
+# Launches of so many shapes are kept.
+_NUM_PREPARED = 64
 _BLOCK, _BLOCK_KEYS, _BLOCK_D, _WARPS, _STAGES = 64, 128, 64, 4, 1
 # Cuts that may be guessed before the interval is halved: all floats take 32 halvings.
 _NUM_GUESSES = tl.constexpr(16)
@@ -208,31 +212,35 @@ def launch_scores(query: Tensor, key: Tensor, scores: Tensor, first_list: int, f
 
     A list is a head of a sample. Behind the N scores of a row come NaN.
     """
-    num_lists, num_rows, stride = scores.shape
-    _, num_tiles, num_heads, head_size = query.shape
+    shapes, strides = (query.shape, key.shape, scores.shape), (query.stride(), key.stride())
+    _prepared_scores(shapes, strides, first_list, first_row, float(scale))(query, key, scores)
+
+
+@functools.lru_cache(_NUM_PREPARED)
+def _prepared_scores(
+    shapes: tuple[torch.Size, ...], strides: tuple[tuple[int, ...], ...], first_list: int, first_row: int, scale: float
+) -> PreparedKernel:
+    (_, num_tiles, num_heads, head_size), key, (num_lists, num_rows, stride) = shapes
     num_programs = num_lists * -(-num_rows // _BLOCK) * -(-num_tiles // _BLOCK_KEYS)
-    coarse_scores_kernel[(num_programs,)](
-        query,
-        key,
-        scores,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        stride,
-        float(scale),
-        I_LIST=first_list,
-        I_ROW=first_row,
-        NUM_ROWS=num_rows,
-        NUM_TILES=num_tiles,
-        HEADS=num_heads,
-        GROUP=num_heads // key.shape[2],
-        HEAD_SIZE=head_size,
-        BLOCK=_BLOCK,
-        BLOCK_KEYS=_BLOCK_KEYS,
-        BLOCK_D=min(_BLOCK_D, max(16, 1 << (head_size - 1).bit_length())),
-        PRECISION="ieee" if torch.version.hip else "tf32x3",
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
+    names = ("s_qb", "s_qn", "s_qh", "s_kb", "s_kn", "s_kh")
+    arguments = dict(zip(names, (*strides[0][:3], *strides[1][:3]), strict=True)) | {
+        "s_score": stride,
+        "scale": scale,
+        "I_LIST": first_list,
+        "I_ROW": first_row,
+        "NUM_ROWS": num_rows,
+        "NUM_TILES": num_tiles,
+        "HEADS": num_heads,
+        "GROUP": num_heads // key[2],
+        "HEAD_SIZE": head_size,
+        "BLOCK": _BLOCK,
+        "BLOCK_KEYS": _BLOCK_KEYS,
+        "BLOCK_D": min(_BLOCK_D, max(16, 1 << (head_size - 1).bit_length())),
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+    }
+    return PreparedKernel(coarse_scores_kernel, (num_programs,), ("query", "key", "scores"), arguments)
 
 
 def top_k_options(num_columns: int) -> dict[str, int]:
@@ -243,21 +251,24 @@ def top_k_options(num_columns: int) -> dict[str, int]:
     return {"COLUMNS": columns, "PIECES": pieces, "BITS": columns.bit_length(), "num_warps": num_warps}
 
 
-@functools.lru_cache(256)
-def _normal_guess(k: int, num_columns: int) -> tuple[float, float]:
-    """How many deviations above the mean the k-th highest of normal scores lies, and how many scores in a deviation there."""
-    quantile = NormalDist().inv_cdf(1.0 - (k - 0.5) / num_columns)
-    return quantile, num_columns * NormalDist().pdf(quantile)
-
-
 def launch_top_k(scores: Tensor, indices: Tensor, num_columns: int | None = None) -> None:
-    """Fill `indices`, `[rows, k]` int32, with the k highest of each row of `scores`, `[rows, N]` fp32; both contiguous.
+    """Fill `indices`, `[..., k]` int32, with the k highest of each row of `scores`, `[..., N]` fp32; both contiguous.
 
     With `num_columns`, those are N, and rows are longer and filled up with NaN.
     """
-    num_rows, stride = scores.shape
-    num_columns = stride if num_columns is None else num_columns
-    k = indices.shape[1]
-    top_k_kernel[(num_rows,)](
-        scores, indices, stride, *_normal_guess(k, num_columns), num_columns, k, **top_k_options(num_columns)
-    )
+    _prepared_top_k(scores.shape, scores.shape[-1] if num_columns is None else num_columns, indices.shape[-1])(scores, indices)
+
+
+@functools.lru_cache(_NUM_PREPARED)
+def _prepared_top_k(shape: torch.Size, num_columns: int, k: int) -> PreparedKernel:
+    # Where the k-th highest of normal scores lies, in deviations above the mean, and how many lie in a deviation there.
+    quantile = NormalDist().inv_cdf(1.0 - (k - 0.5) / num_columns)
+    arguments = {
+        "s_row": shape[-1],
+        "quantile": quantile,
+        "density": num_columns * NormalDist().pdf(quantile),
+        "NUM_COLUMNS": num_columns,
+        "K": k,
+        **top_k_options(num_columns),
+    }
+    return PreparedKernel(top_k_kernel, (shape[:-1].numel(),), ("scores", "indices"), arguments)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastvideo.block_sparse.attention import as_autocast
 from fastvideo.block_sparse.coarse import coarse_attention, lowered, tile_means
+from fastvideo.block_sparse.eager import without_autocast
 from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
 from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
 from fastvideo.block_sparse.inference import attend_without_gradients
@@ -107,7 +108,7 @@ def video_sparse_attention(
     gate = _video_gate(gates[0], query, geometry) if gates else None
     if pooled is not None:
         _check_pooled(pooled, (query, key, value), geometry, has_gate=gate is not None)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return _run(query, key, value, gate, pooled, geometry, num_kept, scale, impl)
 
 
@@ -154,7 +155,7 @@ def _run(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     # Where everything sees everything dense kernels are faster. They mind a negative scale, and their gradients on the CPU
     # are less exact than the engine's.
-    is_dense = impl is None and num_kept == geometry.grid.num_tiles and scale > 0 and not needs_grad
+    is_dense = impl is None and num_kept == geometry.video_tiles.num_tiles and scale > 0 and not needs_grad
     if is_dense and gate is None:
         return _dense_stage(query, key, value, scale)
     is_eager = not torch.compiler.is_compiling()
@@ -203,7 +204,7 @@ def _resolve(
         geometry = video_geometry(TileGrid(grid_tyx, tile_tyx), query.device)
     elif (geometry.grid.grid_tyx, geometry.grid.tile_tyx) != (tuple(grid_tyx), tuple(tile_tyx)):
         raise ValueError(f"the geometry is that of {geometry.grid}, asked for were {grid_tyx=}, {tile_tyx=}")
-    num_tiles = geometry.grid.num_tiles
+    num_tiles = geometry.video_tiles.num_tiles
     if (sparsity is None) == (num_kept is None):
         raise ValueError(f"expected either sparsity or num_kept, got {sparsity=}, {num_kept=}")
     if sparsity is not None:
@@ -215,12 +216,12 @@ def _resolve(
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, geometry: VideoGeometry) -> None:
     """What the engine would find only after the coarse stage has run; the engine checks the rest."""
+    expected = geometry.video_tiles.num_tokens + geometry.num_replicated
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"expected {name} [batch, seq, heads, head_size], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point {name}, got {x.dtype}")
-        expected = geometry.grid.num_tokens + geometry.num_replicated
         if x.shape[1] != expected:
             raise ValueError(
                 f"grid {geometry.grid.grid_tyx} with num_replicated={geometry.num_replicated} has {expected} tokens, "
@@ -251,7 +252,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, geometry: VideoGeom
 def _video_gate(gate: Tensor, query: Tensor, geometry: VideoGeometry) -> Tensor:
     """The gate's video rows."""
     batch, num_rows, num_heads, head_size = query.shape
-    num_tokens = geometry.grid.num_tokens
+    num_tokens = geometry.video_tiles.num_tokens
     if tuple(gate.shape) not in ((batch, num_tokens, num_heads, head_size), (batch, num_rows, num_heads, head_size)):
         raise ValueError(
             f"expected a gate of shape {(batch, num_tokens, num_heads, head_size)} (or with the {num_rows} rows of query), "
@@ -259,7 +260,7 @@ def _video_gate(gate: Tensor, query: Tensor, geometry: VideoGeometry) -> Tensor:
         )
     if gate.dtype != query.dtype or gate.device != query.device:
         raise ValueError(f"expected the gate in {query.dtype} on {query.device} like query, got {gate.dtype} on {gate.device}")
-    return gate[:, :num_tokens]
+    return gate if num_rows == num_tokens else gate[:, :num_tokens]
 
 
 def _check_pooled(pooled: Pooled, inputs: tuple[Tensor, Tensor, Tensor], geometry: VideoGeometry, *, has_gate: bool) -> None:

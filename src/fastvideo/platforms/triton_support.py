@@ -46,4 +46,7 @@ def runs_triton(device: torch.device) -> bool:
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which kernels are launched on the device of `x`."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    # To enter what is current takes several microseconds.
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

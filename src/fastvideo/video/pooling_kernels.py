@@ -9,6 +9,8 @@ Names: `i_` indices, `o_` offsets, `m_` masks, `p_` pointers, `b_` values of a b
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (the types of kernel arguments are Triton's, not Python's)
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -135,9 +137,9 @@ def tile_sum_kernel(
     )  # fmt: skip
 
 
-def num_column_blocks(x: Tensor) -> int:
-    """Blocks of columns that programs take from `[B, S, H, D]`."""
-    return -(-x.shape[2] * x.shape[3] // _COLUMNS)
+def num_column_blocks(shape: Sequence[int]) -> int:
+    """Blocks of columns that programs take from a tensor of shape `[B, S, H, D]`."""
+    return -(-shape[2] * shape[3] // _COLUMNS)
 
 
 def pool_arguments(grid: TileGrid, num_blocks: int, itemsize: int) -> tuple[int, dict[str, int]]:
@@ -155,7 +157,7 @@ def pool_arguments(grid: TileGrid, num_blocks: int, itemsize: int) -> tuple[int,
 
 def launch_tile_sum(x: Tensor, grid: TileGrid, sums: Tensor) -> None:
     """Fill `sums`, `[B, N, H, D]` fp32 contiguous, from `[B, S, H, D]` whose last dimension is contiguous."""
-    num_blocks = num_column_blocks(x)
+    num_blocks = num_column_blocks(x.shape)
     num_runs, arguments = pool_arguments(grid, num_blocks * x.shape[0], x.itemsize)
     tile_sum_kernel[(num_runs * num_blocks, x.shape[0])](
         x, sums, *x.stride()[:3], HEADS=x.shape[2], HEAD_SIZE=x.shape[3], **arguments

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from fastvideo.block_sparse.impl import GatedTiles
 from fastvideo.block_sparse.impl.hopper import dkdv_kernel, dquery_kernel
 from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
 from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
-from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_keys_kernel, pack_layout, pack_queries_kernel
-from fastvideo.block_sparse.impl.hopper.plan import Plan, plan_keys, plan_queries
+from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_layout, pack_queries_kernel
+from fastvideo.block_sparse.impl.hopper.plan import Plan, Planner, plan_keys, plan_queries, planner_of
 from fastvideo.block_sparse.impl.hopper.queues import fill_queues
+from fastvideo.block_sparse.impl.hopper.rows import Rows, in_place, pack_keys
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
+from fastvideo.platforms.triton_launch import PreparedKernel
+from fastvideo.platforms.triton_support import device_of
 
 _LOG2E = math.log2(math.e)
 # Packed rows and plans of the heads that one launch works on stay near this, and at least one head is worked on.
@@ -34,6 +37,10 @@ _LOOKS = 300
 _WAVES = 4
 _EACH_WAVE_BYTES = 64 << 20
 
+# What launches of the forward kernel differ in.
+_FORWARD = ("query", "out", "lse", "gate", "coarse", "block_tiles", "rows", "masks", "meta", "counts", "row_token", "arrivals")
+_MAPS = ("key_boxes", "value_boxes", "key_granules", "value_granules")
+
 Constants = dict[str, int]
 # Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
 _REGISTERS: Constants = {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
@@ -43,34 +50,6 @@ FWD: dict[int, Constants] = {
 }
 DQ: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 3, **_REGISTERS}}
 DKDV: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 2, **_REGISTERS}}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Two tensors of one shape as rows that tensor copies read.
-
-    Attributes:
-        first: `[rows, columns]`.
-        second: `[rows, columns]`.
-        s_row_b: Rows from one sample to the next, 0 where heads follow one another.
-        s_row_h: Rows from one of the launch's heads to the next, 0 where a head is a range of columns.
-        s_column_h: Columns from one head to the next.
-    """
-
-    first: Tensor
-    second: Tensor
-    s_row_b: int
-    s_row_h: int
-    s_column_h: int
-
-    def maps(self, rows: int, head_size: int) -> list[TensorDescriptor]:
-        """Tensor maps for boxes of `rows` rows of one head."""
-        return [TensorDescriptor.from_tensor(x, [rows, head_size], _row_layout()) for x in (self.first, self.second)]
-
-
-@functools.cache
-def _row_layout() -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @functools.cache
@@ -108,43 +87,6 @@ def _pack_layouts(pattern: BlockPattern) -> tuple[PackedLayout, PackedLayout]:
     return queries, queries if is_one else pack_layout(pattern.key_tiles)
 
 
-def _in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None:
-    """Rows in token order without a copy, where packed order is token order and one tensor map reaches all heads."""
-    batch, num_tokens, num_heads, head_size = first.shape
-    if packed.row_token is not None:
-        return None
-    flat = []
-    for x in (first, second):
-        s_b, s_s, s_h, s_d = x.stride()
-        is_flat = s_d == 1 and s_h == head_size and (batch == 1 or s_b == num_tokens * s_s)
-        if not is_flat or s_s % 8 or x.data_ptr() % 16:
-            return None
-        flat.append(x.as_strided((batch * num_tokens, num_heads * head_size), (s_s, 1)))
-    return Rows(flat[0], flat[1], num_tokens, 0, head_size)
-
-
-def _pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
-    """Keys with the sign of the scale, and values, of some heads as packed rows."""
-    first, second = key.new_empty(2, heads * packed.max_rows, key.shape[3]).unbind()
-    pack_keys_kernel[(heads * packed.max_blocks,)](
-        key,
-        value,
-        first,
-        second,
-        packed.row_token,
-        packed.counts,
-        *key.stride()[:3],
-        *value.stride()[:3],
-        first_head,
-        packed.max_blocks,
-        key.shape[2],
-        D=key.shape[3],
-        SIGN=(scale > 0) - (scale < 0),
-        num_warps=4,
-    )
-    return Rows(first, second, 0, packed.max_rows, 0)
-
-
 def _head_groups(num_heads: int, head_bytes: int) -> Iterator[tuple[int, int]]:
     """First head and number of heads of each launch."""
     num_groups = -(-num_heads // max(1, _SCRATCH_BYTES // head_bytes))
@@ -162,7 +104,6 @@ def _plan_bytes(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout) 
 
 def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
     """The arguments by which a kernel finds its walks."""
-    is_shared = plan.rows.shape[0] == 1
     return {
         "rows": plan.rows,
         "masks": plan.masks,
@@ -171,20 +112,22 @@ def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
         "s_rows": plan.rows.stride(0),
         "s_masks": plan.masks.stride(0),
         # With one plan for all heads nothing leads from one to the next.
-        "s_plan": 0 if is_shared else packed.max_blocks,
+        "s_plan": 0 if plan.rows.shape[0] == 1 else packed.max_blocks,
     }
 
 
-def _arrivals(programs: int, pairs: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> dict[str, Any]:
-    """How often programs that walk in step look for each other, and a zeroed counter for each wave of them."""
+def _steps(programs: int, pairs: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> tuple[int, dict[str, int]]:
+    """How many waves programs that walk in step count, each in a zero, and how often they look for each other."""
     head_bytes = 2 * packed.max_rows * key.shape[3] * key.itemsize
     # Lists of different lengths would make everybody wait for the longest.
-    in_step = _LOOKS if head_bytes > _IN_STEP_BYTES and pattern.counts is None else 0
-    if not in_step:
-        # Nobody counts; any integers stand in.
-        return {"arrivals": packed.counts, "IN_STEP": 0, "WAVES": 1}
-    arrivals = torch.zeros(-(-pairs // programs), dtype=torch.int32, device=key.device)
-    return {"arrivals": arrivals, "IN_STEP": in_step, "WAVES": 1 if head_bytes > _EACH_WAVE_BYTES else _WAVES}
+    if head_bytes <= _IN_STEP_BYTES or pattern.counts is not None:
+        return 0, {"IN_STEP": 0, "WAVES": 1}
+    return -(-pairs // programs), {"IN_STEP": _LOOKS, "WAVES": 1 if head_bytes > _EACH_WAVE_BYTES else _WAVES}
+
+
+def _arrivals(plan: Plan, own: PackedLayout) -> Tensor:
+    """Where programs in step count; if nobody does, any integers stand in."""
+    return own.counts if plan.zeros is None else plan.zeros
 
 
 def _kernel_scale(scale: float) -> float:
@@ -200,25 +143,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, sc
     return out, lse
 
 
-def _gated(added: GatedTiles | None, own: PackedLayout) -> dict[str, Any]:
-    """The arguments by which the forward kernel finds gate and coarse output."""
-    if added is None:
-        return {**dict.fromkeys(("gate", "coarse", "block_tiles")), **dict.fromkeys(("s_gb", "s_gs", "s_gh", "NUM_TILES"), 0)}
-    gate, coarse = added.gate, added.coarse.contiguous()
-    strides = [0 if size == 1 else stride for size, stride in zip(gate.shape, gate.stride(), strict=True)]
-    # The kernel copies 16 bytes at a time.
-    if strides[3] != 1 or gate.data_ptr() % 16 or any(stride % 16 for stride in strides[:3]):
-        gate = gate.clone(memory_format=torch.contiguous_format)
-        strides = list(gate.stride())
-    return {
-        "gate": gate,
-        "coarse": coarse,
-        "block_tiles": own.block_tiles,
-        **dict(zip(("s_gb", "s_gs", "s_gh"), strides, strict=False)),
-        "NUM_TILES": coarse.shape[1],
-    }
-
-
 def forward_into(
     query: Tensor,
     key: Tensor,
@@ -230,50 +154,98 @@ def forward_into(
     added: GatedTiles | None,
 ) -> None:
     """See `Implementation.forward_into`."""
-    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
-    batch, _, num_heads, head_size = query.shape
-    kv_heads, group = key.shape[2], num_heads // key.shape[2]
-    with torch.cuda.device(query.device):
+    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    head_size = query.shape[3]
+    with device_of(query):
         own, walked = _pack_layouts(pattern)
-        gated = _gated(added, own)
-        in_place = _in_place(key, value, walked) if scale > 0 else None
-        head_bytes = _plan_bytes(pattern, own, walked) * group
-        head_bytes += 0 if in_place else 2 * walked.max_rows * head_size * key.itemsize
-        for first, heads in _head_groups(batch * kv_heads, head_bytes):
-            keys = in_place or _pack_keys(key, value, walked, first, heads, scale)
-            first_head, heads = first * group, heads * group
-            plan = plan_queries(pattern, own, walked, first_head, heads, batch * num_heads)
-            pairs = heads * own.max_pairs
-            programs = min(_num_programs(query.device), pairs)
-            key_boxes, value_boxes = keys.maps(64, head_size)
-            key_granules, value_granules = keys.maps(16, head_size)
-            fwd.block_sparse_fwd_kernel[(programs,)](
-                key_boxes=key_boxes,
-                value_boxes=value_boxes,
-                key_granules=key_granules,
-                value_granules=value_granules,
-                query=query,
-                out=out,
-                lse=lse,
-                counts=own.counts,
-                num_heads=heads,
-                first_head=first_head,
-                HEADS=num_heads,
-                GROUP=group,
-                NUM_ROWS=out.stride(0) // (num_heads * head_size),
-                s_row_b=keys.s_row_b,
-                s_row_h=keys.s_row_h,
-                s_column_h=keys.s_column_h,
-                scale_log2=_kernel_scale(scale) * _LOG2E,
-                D=head_size,
-                BOX_TOKENS=walked.box_tokens,
-                num_warps=4,
-                **_strides(q=query),
-                **_walk(plan, own),
-                **_arrivals(programs, pairs, key, pattern, walked),
-                **gated,
-                **FWD[head_size],
-            )
+        gate, coarse, block_tiles = None, None, None
+        if added is not None:
+            gate, coarse, block_tiles = _readable(added.gate), added.coarse.contiguous(), own.block_tiles
+        rows = in_place(key, value, walked) if scale > 0 else None
+        kind = (query.shape, query.stride(), key.shape, out.stride(0), pattern.indices.shape, pattern.counts is None, scale)
+        gated = None if gate is None or coarse is None else (gate.shape, gate.stride(), coarse.shape)
+        launches = own.keep(
+            ("forward", walked.numbers, rows is None, gated, kind),
+            lambda: list(_prepare_forward(query, key, pattern, scale, out, gate, coarse, (own, walked), rows is None)),
+        )
+        for launch in launches:
+            keys = rows or pack_keys(key, value, walked, launch.first, launch.heads, scale)
+            plan = launch.planner(pattern, own, walked, launch.num_waves)
+            tensors = (query, out, lse, gate, coarse, block_tiles, plan.rows, plan.masks, plan.meta, own.counts)
+            descriptors = (*keys.maps(64, head_size), *keys.maps(16, head_size))
+            launch.kernel(*tensors, own.row_token, _arrivals(plan, own), *descriptors)
+
+
+def _readable(gate: Tensor) -> Tensor:
+    """A gate that the kernel can read, which copies 16 bytes at a time."""
+    *strides, s_d = gate.stride()
+    is_even = all(stride % 16 == 0 or size == 1 for size, stride in zip(gate.shape, strides, strict=False))
+    if is_even and s_d == 1 and gate.data_ptr() % 16 == 0:
+        return gate
+    return gate.clone(memory_format=torch.contiguous_format)
+
+
+def _gate_numbers(gate: Tensor | None, coarse: Tensor | None) -> dict[str, int]:
+    """Where the rows of gate and coarse output lie."""
+    if gate is None or coarse is None:
+        return dict.fromkeys(("s_gb", "s_gs", "s_gh", "NUM_TILES"), 0)
+    strides = [0 if size == 1 else stride for size, stride in zip(gate.shape, gate.stride(), strict=True)]
+    return {"s_gb": strides[0], "s_gs": strides[1], "s_gh": strides[2], "NUM_TILES": coarse.shape[1]}
+
+
+class _ForwardLaunch(NamedTuple):
+    """A launch of the forward kernel, for some key heads and the query heads that read them."""
+
+    first: int
+    heads: int
+    planner: Planner
+    num_waves: int
+    kernel: PreparedKernel
+
+
+def _prepare_forward(
+    query: Tensor,
+    key: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    out: Tensor,
+    gate: Tensor | None,
+    coarse: Tensor | None,
+    layouts: tuple[PackedLayout, PackedLayout],
+    is_packing: bool,
+) -> Iterator[_ForwardLaunch]:
+    """The launches for tensors of these shapes, strides and dtypes."""
+    batch, _, num_heads, head_size = query.shape
+    (own, walked), kv_heads, group = layouts, key.shape[2], num_heads // key.shape[2]
+    head_bytes = _plan_bytes(pattern, own, walked) * group
+    head_bytes += 2 * walked.max_rows * head_size * key.itemsize if is_packing else 0
+    s_row_b, s_row_h, s_column_h = (0, walked.max_rows, 0) if is_packing else (key.shape[1], 0, head_size)
+    for first, heads in _head_groups(batch * kv_heads, head_bytes):
+        pairs = heads * group * own.max_pairs
+        programs = min(_num_programs(query.device), pairs)
+        num_waves, steps = _steps(programs, pairs, key, pattern, walked)
+        planner = planner_of(pattern, own, walked, (first * group, heads * group, batch * num_heads))
+        arguments = {
+            "num_heads": heads * group,
+            "first_head": first * group,
+            "HEADS": num_heads,
+            "GROUP": group,
+            "NUM_ROWS": out.stride(0) // (num_heads * head_size),
+            "s_row_b": s_row_b,
+            "s_row_h": s_row_h,
+            "s_column_h": s_column_h,
+            **_strides(q=query),
+            **_gate_numbers(gate, coarse),
+            **planner.strides,
+            "scale_log2": _kernel_scale(scale) * _LOG2E,
+            "D": head_size,
+            "BOX_TOKENS": walked.box_tokens,
+            "num_warps": 4,
+            **steps,
+            **FWD[head_size],
+        }
+        kernel = PreparedKernel(fwd.block_sparse_fwd_kernel, (programs,), _FORWARD, arguments, _MAPS)
+        yield _ForwardLaunch(first, heads, planner, num_waves, kernel)
 
 
 @dataclass(frozen=True)
@@ -316,18 +288,18 @@ def backward(
     # Once, not for each launch's heads: rows of a video with text behind it lie apart in a batch.
     out, lse = out.contiguous(), lse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    with torch.cuda.device(query.device):
+    with device_of(query):
         queries, keys = _pack_layouts(pattern)
         call = _Backward(dout, query, key, value, pattern, scale, queries, keys)
         group, num_kv = call.group, key.shape[0] * key.shape[2]
-        key_rows = _in_place(key, value, keys) if scale > 0 else None
-        query_rows = _in_place(query, dout, queries)
+        key_rows = in_place(key, value, keys) if scale > 0 else None
+        query_rows = in_place(query, dout, queries)
         row_bytes = 2 * call.head_size * key.itemsize
         head_bytes = group * (2 * _plan_bytes(pattern, queries, keys) + pattern.query_tiles.num_tiles * keys.layout.num_tiles)
         head_bytes += 0 if key_rows else keys.max_rows * row_bytes
         head_bytes += group * queries.max_rows * (8 if query_rows else 8 + row_bytes)
         for first, heads in _head_groups(num_kv, head_bytes):
-            packed_keys = key_rows or _pack_keys(key, value, keys, first, heads, scale)
+            packed_keys = key_rows or pack_keys(key, value, keys, first, heads, scale)
             stats, packed_queries = _pack_queries(call, query_rows, out, lse, dlse, first * group, heads * group)
             _launch_dq(call, packed_keys, stats, dq, first * group, heads * group)
             _launch_dkdv(call, packed_keys, packed_queries, stats, dk, dv, first, heads)
@@ -371,9 +343,10 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     """Write the gradient of some query heads."""
     own, head_size = call.queries, call.head_size
     total = call.query.shape[0] * call.query.shape[2]
-    plan = plan_queries(call.pattern, own, call.keys, first_head, heads, total)
     pairs = heads * own.max_pairs
     programs = min(_num_programs(dq.device), pairs)
+    num_waves, steps = _steps(programs, pairs, call.key, call.pattern, call.keys)
+    plan = plan_queries(call.pattern, own, call.keys, first_head, heads, total, num_waves)
     key_boxes, value_boxes = keys.maps(64, head_size)
     key_granules, value_granules = keys.maps(16, head_size)
     scale = _kernel_scale(call.scale)
@@ -403,7 +376,8 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
         num_warps=4,
         **_strides(q=call.query, d=call.dout),
         **_walk(plan, own),
-        **_arrivals(programs, pairs, call.key, call.pattern, call.keys),
+        arrivals=_arrivals(plan, own),
+        **steps,
         **DQ[head_size],
     )
 

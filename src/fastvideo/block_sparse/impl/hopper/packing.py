@@ -15,7 +15,10 @@ Shape legend: N tiles, P pieces of a tile, M blocks at most, R = 64 M packed row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -24,7 +27,11 @@ from torch import Tensor
 
 from fastvideo.block_sparse.pattern import TileLayout
 
+T = TypeVar("T")
+
 BLOCK_ROWS = 64
+# Of so many kinds of calls what they share is kept with a layout.
+_NUM_KEPT = 64
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,6 +48,7 @@ class PackedLayout:
         block_tiles: `[M, 4]` int32, tile of each granule of a block, -1 where there is none.
         counts: `[2]` int32, blocks of several pieces and blocks in all.
         row_token: `[R]` int32, token of each packed row, -1 for pads; None where both are the same.
+        kept: What calls with these rows share, see `keep`.
     """
 
     layout: TileLayout
@@ -51,6 +59,23 @@ class PackedLayout:
     block_tiles: Tensor
     counts: Tensor
     row_token: Tensor | None
+    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    def keep(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` gave when `key` was new: launches, and sizes that follow from shapes."""
+        found: T | None = self.kept.get(key)
+        if found is None:
+            if len(self.kept) >= _NUM_KEPT:
+                self.kept.clear()
+            found = self.kept[key] = make()
+        return found
+
+    @functools.cached_property
+    def numbers(self) -> tuple[int | bool, ...]:
+        """All that launches read of these rows on the host."""
+        layout = self.layout
+        sizes = (layout.num_tokens, layout.num_tiles, layout.max_size, layout.is_uniform)
+        return *sizes, self.pieces, self.piece_rows, self.max_blocks, self.row_token is None
 
     @property
     def max_rows(self) -> int:

@@ -17,7 +17,6 @@ tests walk the same arrays in torch, since Gluon has no interpreter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout
 from fastvideo.block_sparse.impl.hopper.plan_kernels import mark_kernel, plan_lists_kernel, plan_marks_kernel
 from fastvideo.block_sparse.pattern import BlockPattern
+from fastvideo.platforms.triton_launch import PreparedKernel
 
 # Producers read ahead of the last entry.
 _SLACK = 16
@@ -36,6 +36,8 @@ _ENTRIES_A_WARP = 64
 # A pair shares steps if these make up so much of a full list; else its walks do not wait for each other.
 _LEAST_SHARED = 1 / 8
 _META = 8
+# The tensors of a plan, and of what is walked, as both planners take them.
+_PLANNED = ("block_tiles", "own_counts", "offsets", "piece_row", "rows", "masks", "meta", "used")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,168 +50,153 @@ class Plan:
         masks: `[G, ...]` int32, one for each half step from the first masked step on.
         meta: `[G, M, 8]` int32: offset into `rows`, offset into `masks`, steps without a mask, steps made of boxes, steps in
             all, half steps in all, shared steps (an even number), steps in `rows`; undefined for blocks that are not there.
+        zeros: Int32 zeros for who walks the plan to count in, or None.
     """
 
     rows: Tensor
     masks: Tensor
     meta: Tensor
+    zeros: Tensor | None = None
 
 
 def plan_queries(
-    pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, first_head: int, heads: int, total: int
+    pattern: BlockPattern,
+    own: PackedLayout,
+    walked: PackedLayout,
+    first_head: int,
+    heads: int,
+    total: int,
+    num_zeros: int = 0,
 ) -> Plan:
-    """The walks of query blocks over keys, for `heads` of the `total` heads counted through batch and heads."""
-    indices, (s_b, s_h) = _lists(pattern)
-    if s_b == s_h == 0:
-        first_head, heads = 0, 1
-    plan, used = _new_plan(pattern, own, walked, heads)
-    width = indices.shape[3]
-    least_shared = max(4, int(_LEAST_SHARED * width * walked.pieces))
-    if own.may_join:
-        marks = mark(pattern, first_head, heads, total, own=own)
-        _plan_marks(marks, plan, used, own, walked, least_shared)
-    if own.may_be_alone:
-        chunk = min(_CHUNK, max(64, 1 << (width * walked.pieces - 1).bit_length()))
-        plan_lists_kernel[(heads * own.max_blocks,)](
-            indices,
-            None if pattern.counts is None else pattern.counts.contiguous(),
-            own.block_tiles,
-            own.counts,
-            walked.layout.offsets,
-            walked.piece_row,
-            plan.rows,
-            plan.masks,
-            plan.meta,
-            used,
-            s_b,
-            s_h,
-            first_head,
-            pattern_heads(pattern, total),
-            width,
-            own.max_blocks,
-            plan.rows.stride(0),
-            plan.masks.stride(0),
-            least_shared,
-            IS_EVEN=walked.is_one_piece_a_block,
-            DEPTH=width.bit_length(),
-            CHUNK=chunk,
-            IS_ONE_CHUNK=width * walked.pieces <= chunk,
-            num_warps=max(1, chunk // _ENTRIES_A_WARP),
-            **_piece_constants(walked),
-        )
-    return plan
+    """The walks of query blocks over keys, for `heads` of the `total` heads counted through batch and heads.
+
+    `num_zeros` of `Plan.zeros` are for the caller.
+    """
+    return planner_of(pattern, own, walked, (first_head, heads, total))(pattern, own, walked, num_zeros)
 
 
 def plan_keys(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, first_head: int, heads: int, total: int) -> Plan:
     """The walks of key blocks over queries, without masks for the pads of queries and without shared steps."""
-    marks = mark(pattern, first_head, heads, total)
-    plan, used = _new_plan(pattern, own, walked, marks.shape[0])
-    _plan_marks(marks, plan, used, own, walked, None)
-    return plan
+    return planner_of(pattern, own, walked, (first_head, heads, total), by_key=True)(pattern, own, walked, 0)
 
 
-def pattern_heads(pattern: BlockPattern, total: int) -> int:
-    """Heads of one sample where `total` counts those of all; only lists that differ by sample or head ask."""
-    batch, heads = pattern.indices.shape[:2]
-    if heads > 1:
-        return heads
-    return total // batch if batch > 1 else total
+def planner_of(
+    pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, heads: tuple[int, int, int], *, by_key: bool = False
+) -> Planner:
+    """What plans `heads` (the first, how many, and how many there are in all) of lists of this shape; kept with `own`."""
+    key = ("plan", by_key, walked.numbers, pattern.indices.shape, heads)
+    return own.keep(key, lambda: Planner(pattern.indices.shape, own, walked, heads, by_key=by_key))
 
 
-def _lists(pattern: BlockPattern) -> tuple[Tensor, tuple[int, int]]:
-    """Contiguous index lists, and the strides of batch and head, 0 where all share one."""
-    indices = pattern.indices.contiguous()
-    batch, heads = (indices.stride(i) if indices.shape[i] > 1 else 0 for i in (0, 1))
-    return indices, (batch, heads)
+class Planner:
+    """What plans of lists of one shape share: how much room they take, and the launches that fill it.
 
-
-def mark(pattern: BlockPattern, first_head: int, heads: int, total: int, *, own: PackedLayout | None = None) -> Tensor:
-    """A byte for each pair of tiles: 1 where listed. G is 1 if all heads share lists.
-
-    With `own` of the queries `[G, Nq, Nk]`, and only for tiles that may share a block with others; without it by key,
-    `[G, Nk, Nq]`; the last axis is padded with zeros to a multiple of 16.
+    Attributes:
+        strides: By which a kernel finds the walks of a head.
     """
-    indices, (s_b, s_h) = _lists(pattern)
-    if s_b == s_h == 0:
-        first_head, heads = 0, 1
-    num_queries, num_keys = pattern.query_tiles.num_tiles, pattern.key_tiles.num_tiles
-    shape = (num_keys, num_queries) if own is None else (num_queries, num_keys)
-    # Rows begin at 16 bytes.
-    s_row = -(-shape[1] // 16) * 16
-    marks = torch.zeros(heads, shape[0], s_row, dtype=torch.uint8, device=indices.device)
-    mark_kernel[(heads * num_queries,)](
-        indices,
-        None if pattern.counts is None else pattern.counts.contiguous(),
-        None if own is None else own.layout.offsets,
-        marks,
-        s_b,
-        s_h,
-        first_head,
-        pattern_heads(pattern, total),
-        indices.shape[3],
-        num_queries,
-        marks.stride(0),
-        1 if own is None else s_row,
-        s_row if own is None else 1,
-        PIECE_ROWS=64 if own is None else own.piece_rows,
-        BLOCK=128,
-        num_warps=2,
-    )
-    return marks
+
+    def __init__(
+        self, shape: torch.Size, own: PackedLayout, walked: PackedLayout, heads: tuple[int, int, int], *, by_key: bool
+    ) -> None:
+        batch, list_heads, num_queries, width = shape
+        # Strides of contiguous lists, 0 where all share one.
+        s_h = num_queries * width if list_heads > 1 else 0
+        s_b = list_heads * num_queries * width if batch > 1 else 0
+        first_head, num_heads, total = heads if s_b or s_h else (0, 1, heads[2])
+        # Heads of one sample; only lists that differ by sample or head ask.
+        num_list_heads = list_heads if list_heads > 1 else total // batch if batch > 1 else total
+        lists = {"s_b": s_b, "s_h": s_h, "first_head": first_head, "HEADS": num_list_heads, "WIDTH": width}
+        # Each piece of a tile walks its whole list. A listed piece is a box or up to three granules; the ends of walks are
+        # filled up, and an odd box may be split.
+        num_listed = num_queries * width * own.pieces * walked.pieces
+        num_entries = num_listed * (1 if walked.is_even and walked.piece_rows > 48 else 3) + own.max_blocks * 16 + _SLACK
+        self._rows, self._masks = (num_heads, num_entries), (num_heads, num_listed + own.max_blocks * 4)
+        self._meta, self._num_used = (num_heads, own.max_blocks, _META), 3 * num_heads
+        # With one plan for all heads nothing leads from one to the next.
+        s_plan = 0 if num_heads == 1 else own.max_blocks
+        self.strides = {"s_rows": num_entries, "s_masks": self._masks[1], "s_plan": s_plan}
+        least_shared = 0 if by_key else max(4, int(_LEAST_SHARED * width * walked.pieces))
+        places = {"max_blocks": own.max_blocks, "s_rows": num_entries, "s_masks": self._masks[1], "least_shared": least_shared}
+        places |= {"PIECES": walked.pieces, "PIECE_ROWS": walked.piece_rows}
+        # Only tiles of queries that may share a block with others are marked.
+        self._offsets = None if by_key else own.layout.offsets
+        self._mark, self._plan_marks, self._plan_lists, self._num_mark_words = None, None, None, 0
+        if by_key or own.may_join:
+            # A byte for each pair of tiles; rows begin at 16 bytes.
+            s_row = -(-walked.layout.num_tiles // 16) * 16
+            s_marks = own.layout.num_tiles * s_row
+            self._num_mark_words = num_heads * s_marks // 4
+            self._mark = _prepare_mark(lists, own, num_queries, num_heads, (s_marks, s_row), by_key=by_key)
+            self._plan_marks = _prepare_plan_marks(places, own, walked, num_heads, (s_marks, s_row), by_key=by_key)
+        if not by_key and own.may_be_alone:
+            self._plan_lists = _prepare_plan_lists(lists | places, own, walked, num_heads, width)
+
+    def __call__(self, pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, num_zeros: int) -> Plan:
+        indices = pattern.indices.contiguous()
+        counts = None if pattern.counts is None else pattern.counts.contiguous()
+        # One launch clears marks, what the caller counts in, and counters of what is used of the plan's room. Each begins at a
+        # multiple of 16 bytes, as memory of its own would.
+        words = (self._num_mark_words, -(-num_zeros // 4) * 4, self._num_used)
+        marks, zeros, used = indices.new_zeros(sum(words)).split_with_sizes(words)
+        rows, masks, meta = indices.new_empty(self._rows), indices.new_empty(self._masks), indices.new_empty(self._meta)
+        planned = (own.block_tiles, own.counts, walked.layout.offsets, walked.piece_row, rows, masks, meta, used)
+        if self._mark is not None and self._plan_marks is not None:
+            marks = marks.view(torch.uint8)
+            self._mark(indices, counts, self._offsets, marks)
+            # What blocks see, before it becomes boxes and granules: at most the lists of all their tiles.
+            self._plan_marks(marks, indices.new_empty(self._masks), *planned)
+        if self._plan_lists is not None:
+            self._plan_lists(indices, counts, *planned)
+        return Plan(rows, masks, meta, zeros if num_zeros else None)
 
 
-def _new_plan(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, heads: int) -> tuple[Plan, Tensor]:
-    """A plan with room for everything that is listed, and zeroed counters of what is used of it."""
-    device = pattern.indices.device
-    # Each piece of a tile walks its whole list. A listed piece is a box or up to three granules; the ends of walks are filled
-    # up, and an odd box may be split.
-    num_listed = pattern.indices.shape[2:].numel() * own.pieces * walked.pieces
-    entries = num_listed * (1 if walked.is_even and walked.piece_rows > 48 else 3) + own.max_blocks * 16 + _SLACK
-    rows = torch.empty(heads, entries, dtype=torch.int32, device=device)
-    masks = torch.empty(heads, num_listed + own.max_blocks * 4, dtype=torch.int32, device=device)
-    meta = torch.empty(heads, own.max_blocks, _META, dtype=torch.int32, device=device)
-    return Plan(rows, masks, meta), torch.zeros(heads, 3, dtype=torch.int32, device=device)
+def _prepare_mark(
+    lists: dict[str, int], own: PackedLayout, num_queries: int, heads: int, strides: tuple[int, int], *, by_key: bool
+) -> PreparedKernel:
+    """The launch that marks listed pairs of tiles in rows of `own`, at strides of heads and rows."""
+    s_marks, s_row = strides
+    places = {"s_marks": s_marks, "s_q": 1 if by_key else s_row, "s_k": s_row if by_key else 1, "NUM_QUERIES": num_queries}
+    constants = {"PIECE_ROWS": 64 if by_key else own.piece_rows, "BLOCK": 128, "num_warps": 2}
+    names = ("indices", "counts", "offsets", "marks")
+    return PreparedKernel(mark_kernel, (heads * num_queries,), names, lists | places | constants)
 
 
-def _piece_constants(walked: PackedLayout) -> dict[str, Any]:
-    # A piece with at least so many tokens is a box without a mask.
-    return {"PIECES": walked.pieces, "PIECE_ROWS": walked.piece_rows, "CLEAN": walked.box_tokens}
-
-
-def _plan_marks(
-    marks: Tensor, plan: Plan, used: Tensor, own: PackedLayout, walked: PackedLayout, least_shared: int | None
-) -> None:
-    """Plan from marks `[G, own tiles, walked tiles]`: blocks of several tiles, or with no `least_shared` all of them.
-
-    Those kernels cope with pads of the walked side by themselves, so that pads ask for no masks.
-    """
+def _prepare_plan_marks(
+    places: dict[str, int], own: PackedLayout, walked: PackedLayout, heads: int, strides: tuple[int, int], *, by_key: bool
+) -> PreparedKernel:
+    """The launch that plans from marks: blocks of several tiles, or by key all of them."""
     num_walked = walked.layout.num_tiles
-    mark_chunk = min(_MARK_CHUNK, max(64, 1 << (num_walked - 1).bit_length()))
-    # What blocks see, before it becomes boxes and granules: at most the lists of all their tiles.
-    lists = torch.empty(marks.shape[0], plan.masks.shape[1], dtype=torch.int32, device=marks.device)
-    plan_marks_kernel[(marks.shape[0] * own.max_blocks,)](
-        marks,
-        own.block_tiles,
-        own.counts,
-        walked.layout.offsets,
-        walked.piece_row,
-        lists,
-        plan.rows,
-        plan.masks,
-        plan.meta,
-        used,
-        own.max_blocks,
-        num_walked,
-        marks.stride(0) // 16,
-        marks.stride(1) // 16,
-        lists.stride(0),
-        plan.rows.stride(0),
-        plan.masks.stride(0),
-        least_shared or 0,
-        IS_JOINT=least_shared is not None,
-        MARK_CHUNK=mark_chunk,
-        IS_ONE_CHUNK=num_walked <= mark_chunk,
-        CHUNK=_CHUNK,
-        num_warps=max(1, mark_chunk // _MARKS_A_WARP),
-        **_piece_constants(walked) | ({"CLEAN": 49} if least_shared is None else {}),
-    )
+    chunk = min(_MARK_CHUNK, max(64, 1 << (num_walked - 1).bit_length()))
+    arguments = {
+        **places,
+        "num_walked": num_walked,
+        "s_marks": strides[0] // 16,
+        "s_own": strides[1] // 16,
+        "s_lists": places["s_masks"],
+        # Kernels that walk queries cope with their pads, so that these ask for no masks.
+        "CLEAN": 49 if by_key else walked.box_tokens,
+        "IS_JOINT": not by_key,
+        "MARK_CHUNK": chunk,
+        "IS_ONE_CHUNK": num_walked <= chunk,
+        "CHUNK": _CHUNK,
+        "num_warps": max(1, chunk // _MARKS_A_WARP),
+    }
+    return PreparedKernel(plan_marks_kernel, (heads * own.max_blocks,), ("marks", "lists", *_PLANNED), arguments)
+
+
+def _prepare_plan_lists(
+    numbers: dict[str, int], own: PackedLayout, walked: PackedLayout, heads: int, width: int
+) -> PreparedKernel:
+    """The launch that plans query blocks of one tile from its list."""
+    chunk = min(_CHUNK, max(64, 1 << (width * walked.pieces - 1).bit_length()))
+    arguments = {
+        **numbers,
+        # A piece with at least so many tokens is a box without a mask.
+        "CLEAN": walked.box_tokens,
+        "IS_EVEN": walked.is_one_piece_a_block,
+        "DEPTH": width.bit_length(),
+        "CHUNK": chunk,
+        "IS_ONE_CHUNK": width * walked.pieces <= chunk,
+        "num_warps": max(1, chunk // _ENTRIES_A_WARP),
+    }
+    return PreparedKernel(plan_lists_kernel, (heads * own.max_blocks,), ("indices", "counts", *_PLANNED), arguments)

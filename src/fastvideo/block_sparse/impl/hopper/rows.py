@@ -1,0 +1,96 @@
+"""Keys and values, or queries and the output's gradient, as rows that tensor copies read: in place, or packed."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor, moved
+from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_keys_kernel
+from fastvideo.platforms.triton_launch import PreparedKernel
+
+
+class Rows(NamedTuple):
+    """Two tensors of one shape as rows that tensor copies read.
+
+    Attributes:
+        first: `[rows, columns]`.
+        second: `[rows, columns]`.
+        s_row_b: Rows from one sample to the next, 0 where heads follow one another.
+        s_row_h: Rows from one of the launch's heads to the next, 0 where a head is a range of columns.
+        s_column_h: Columns from one head to the next.
+    """
+
+    first: Tensor
+    second: Tensor
+    s_row_b: int
+    s_row_h: int
+    s_column_h: int
+
+    def maps(self, rows: int, head_size: int) -> list[TensorDescriptor]:
+        """Tensor maps for boxes of `rows` rows of one head."""
+        return [moved(_described(x.shape, x.stride(), x.dtype, rows, head_size), x) for x in (self.first, self.second)]
+
+
+@functools.lru_cache(64)
+def _described(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, head_size: int) -> TensorDescriptor:
+    stand_in = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return TensorDescriptor.from_tensor(stand_in, [rows, head_size], _row_layout())
+
+
+@functools.cache
+def _row_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None:
+    """Rows in token order without a copy, where packed order is token order and one tensor map reaches all heads."""
+    batch, num_tokens, num_heads, head_size = first.shape
+    if packed.row_token is not None:
+        return None
+    flat = []
+    for x in (first, second):
+        s_b, s_s, s_h, s_d = x.stride()
+        is_flat = s_d == 1 and s_h == head_size and (batch == 1 or s_b == num_tokens * s_s)
+        if not is_flat or s_s % 8 or x.data_ptr() % 16:
+            return None
+        flat.append(x.as_strided((batch * num_tokens, num_heads * head_size), (s_s, 1)))
+    return Rows(flat[0], flat[1], num_tokens, 0, head_size)
+
+
+def pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
+    """Keys with the sign of the scale, and values, of some heads as packed rows."""
+    shape = (heads * packed.max_rows, key.shape[3])
+    first, second = key.new_empty(shape), key.new_empty(shape)
+    kind = (key.shape, key.stride(), value.stride(), first_head, heads, (scale > 0) - (scale < 0))
+    pack = packed.keep(("pack", *kind), lambda: _prepare_packing(packed, *kind))
+    pack(key, value, first, second, packed.row_token, packed.counts)
+    return Rows(first, second, 0, packed.max_rows, 0)
+
+
+def _prepare_packing(
+    packed: PackedLayout,
+    shape: torch.Size,
+    key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    first_head: int,
+    heads: int,
+    sign: int,
+) -> PreparedKernel:
+    """The launch that packs some heads of keys and values of one shape."""
+    names = ("s_kb", "s_ks", "s_kh", "s_vb", "s_vs", "s_vh")
+    arguments = {
+        **dict(zip(names, (*key_strides[:3], *value_strides[:3]), strict=True)),
+        "first_head": first_head,
+        "max_blocks": packed.max_blocks,
+        "HEADS": shape[2],
+        "D": shape[3],
+        "SIGN": sign,
+        "num_warps": 4,
+    }
+    tensors = ("key", "value", "packed_key", "packed_value", "row_token", "counts")
+    return PreparedKernel(pack_keys_kernel, (heads * packed.max_blocks,), tensors, arguments)

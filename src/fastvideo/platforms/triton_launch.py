@@ -1,0 +1,131 @@
+"""Launches of Triton kernels that are prepared once and then cost the host a few microseconds each.
+
+`kernel[grid](...)` looks at each argument of each call to find the compiled variant, which takes as long as small kernels run.
+Where numbers follow from shapes, only tensors differ from call to call, and of those Triton minds dtype and alignment alone.
+
+What differs between versions of Triton about launches is read in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["PreparedKernel"]
+
+# Pointers to multiples of so many bytes have compiled variants of their own.
+_ALIGNMENT = 16
+
+
+class _Variant(NamedTuple):
+    """What Triton has compiled for tensors of some dtypes and alignments on one device."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    # In the kernel's order, with nothing at the places of tensors.
+    arguments: list[Any]
+
+
+class PreparedKernel:
+    """A Triton kernel with its grid and all arguments but tensors, which is launched on the current device and stream.
+
+    The first launch with tensors of some dtypes and alignments on some device goes through Triton, which compiles the kernel or
+    finds it; further ones go straight to what that gave, under the settings that Triton had then. While somebody hooks into
+    launches, and in Triton's interpreter, all of them go through Triton.
+
+    Example:
+        >>> import torch
+        >>> def interpreted(x, y, *, SIZE):
+        ...     y.copy_(x * SIZE)
+        >>> triple, y = PreparedKernel({(4,): interpreted}, (4,), ("x", "y"), {"SIZE": 3}), torch.zeros(2)
+        >>> triple(torch.ones(2), y)
+        >>> y.tolist()
+        [3.0, 3.0]
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        tensors: Sequence[str],
+        arguments: dict[str, Any],
+        descriptors: Sequence[str] = (),
+    ) -> None:
+        """Keep what all launches share.
+
+        Args:
+            kernel: What `triton.jit` or `gluon.jit` made.
+            grid: Programs along up to three axes.
+            tensors: Names of the parameters whose tensors each launch gives.
+            arguments: All other parameters and options such as `num_warps`, by name.
+            descriptors: Names of the parameters whose tensor descriptors each launch gives, each of one box and layout.
+        """
+        self._kernel, self._grid, self._arguments = kernel, grid, arguments
+        self._names, self._num_tensors = (*tensors, *descriptors), len(tensors)
+        self._grid_xyz = (*grid, 1, 1)[:3]
+        self._places: list[int] = []
+        self._variants: dict[tuple[Any, ...], _Variant] = {}
+
+    def __call__(self, *given: Any) -> None:
+        """Launch.
+
+        Args:
+            *given: The tensors, of which all but the first may be None, then the descriptors.
+        """
+        # A list of the dtypes, in brackets where the memory is not aligned, and what the kernel takes.
+        kinds: list[Any] = [given[0].get_device()]
+        values: list[Any] = []
+        for x in given[: self._num_tensors]:
+            if x is None:
+                values.append(None)
+                kinds.append(None)
+            else:
+                address = x.data_ptr()
+                values.append(address)
+                kinds.append(x.dtype if address % _ALIGNMENT == 0 else (x.dtype,))
+        for x in given[self._num_tensors :]:
+            values.append(x)
+            kinds.append(x.base.dtype)
+        key = tuple(kinds)
+        variant = self._variants.get(key)
+        if variant is None or self._kernel.pre_run_hooks or _is_hooked():
+            self._launch_by_triton(key, given)
+            return
+        run, function, metadata, template = variant
+        arguments = template.copy()
+        for place, value in zip(self._places, values, strict=True):
+            arguments[place] = value
+        stream = _runtime()[1].active.get_current_stream(key[0])
+        # Nobody is to be told of the launch.
+        run(*self._grid_xyz, stream, function, metadata, None, None, None, *arguments)
+
+    def _launch_by_triton(self, key: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+        named = dict(zip(self._names, given, strict=True))
+        compiled = self._kernel[self._grid](**named, **self._arguments)
+        # Interpreted kernels return nothing.
+        if compiled is None:
+            return
+        # Options are no parameters; constants are, which are given and not read.
+        parameters = self._kernel.arg_names
+        template = [None if name in named else self._arguments[name] for name in parameters]
+        self._places = [parameters.index(name) for name in self._names]
+        self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata, template)
+
+
+@functools.cache
+def _runtime() -> tuple[Any, Any]:
+    """Triton's settings of launches, and what knows its driver."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, driver
+
+
+def _is_hooked() -> bool:
+    """Whether somebody wants to be told of launches."""
+    runtime = _runtime()[0]
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of callables, which are there without any.
+    return (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
