@@ -200,6 +200,24 @@ def test_groups_of_heads_and_everyones_keys_are_sent() -> None:
     assert [memory.num_grown for memory in memories] == [1, 1]
 
 
+def test_what_is_alike_on_one_rank_may_differ_on_another() -> None:
+    """The first rank gets a head of each tensor; the second as many, or three of the first."""
+    wholes, lengths = [torch.randn(1, 20, heads, 16) for heads in (4, 2, 2)], (11, 9)
+    heads = [((0, 1), (1, 4)), ((0, 1), (1, 2)), ((0, 1), (1, 2))]
+
+    def work(rank: int, exchange: DirectExchange) -> None:
+        own = [shards(whole, 1, lengths)[rank] for whole in wholes]
+        for used in ((0, 1, 2), (1, 2), (2,)):
+            routes = [head_route(own[i].shape, heads[i], lengths, rank) for i in used]
+            sent = exchange.send([own[i] for i in used], routes)
+            for x, i in zip(sent.received, used, strict=True):
+                assert exchange.finish(x)
+                torch.testing.assert_close(x, wholes[i][:, :, slice(*heads[i][rank])], rtol=0, atol=0)
+            exchange.give_back(sent.number)
+
+    run_ranks(2, 32768, work)
+
+
 @pytest.mark.parametrize("in_one_queue", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_groups_go_and_come_back_as_layers_send_them(size: int, in_one_queue: bool) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastvideo.attention import shared_call
 from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
-from fastvideo.distributed.collectives import Launched, kept, launch_exchange, pack, unpack
+from fastvideo.distributed.collectives import Launched, give_back, kept, launch_exchange, pack, unpack
 from fastvideo.distributed.layouts import ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
@@ -313,10 +313,11 @@ def test_sparse_attention_hides_its_exchange_where_it_pays(
 def test_what_a_backend_returns_of_lent_memory_is_copied() -> None:
     route = gather_route((1, 2, 1, 2), 1, (1, 1))
     memory = torch.arange(8.0)
-    lent, owned = (Launched(memory[:4].view(1, 2, 1, 2), None, route, None, number) for number in (3, None))
+    lent, owned = (Launched(memory[:4].view(1, 2, 1, 2), None, route, None, giver) for giver in (memory.zero_, None))
     view, other = memory[2:6], torch.ones(2)
     copy = kept(view, lent)
-    memory.zero_()
+    give_back(lent)
     assert copy.tolist() == [2.0, 3.0, 4.0, 5.0]
     assert kept(other, lent) is other
     assert kept(view, owned) is view
+    give_back(owned)

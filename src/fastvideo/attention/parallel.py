@@ -214,7 +214,7 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         if rest is not None:
             route = gather_route(rest.shape, 2, tuple([stop - start for start, stop in shares.query]))
             rests.append(launch_exchange(rest, route, ulysses))
-        give_back(arrived[0], ulysses.name)
+        give_back(arrived[0])
     pieces = [finish_exchange(launched, ulysses) for launched in leaving]
     output = call.unpacked(join_heads(pieces, ulysses.size) if room is None else room.flatten(2, 3))
     return output, join_heads([finish_exchange(launched, ulysses) for launched in rests], ulysses.size) if rests else None
@@ -371,7 +371,7 @@ def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple
             part = _with_heads(part, groups, number, 0, call.query.shape[2], call.key.shape[2])
         output, rest = _attend_here(part, chosen)
         output, rest = kept(output, arrived[0]), None if rest is None else kept(rest, arrived[0])
-        give_back(arrived[0], ring.name)
+        give_back(arrived[0])
         outputs.append(output)
         rests += [] if rest is None else [rest]
     return torch.cat(outputs, dim=2), torch.cat(rests, dim=2) if rests else None

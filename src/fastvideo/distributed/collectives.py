@@ -11,8 +11,9 @@ on the functional ones, which don't.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +51,14 @@ class Launched(NamedTuple):
             where no gradient is recorded.
         route: The route.
         into: Where it is to go, or `None`.
-        lent: Number of the exchange that it is lent by, until `give_back`; `None` where it is this rank's for good.
+        lent: What gives its memory back, if it is lent; `None` where it is this rank's for good.
     """
 
     received: torch.Tensor
     sent: torch.Tensor | None
     route: Route
     into: torch.Tensor | None = None
-    lent: int | None = None
+    lent: Callable[[], None] | None = None
 
 
 def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tensor:
@@ -112,7 +113,7 @@ def launch_exchanges(
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
-    if is_lent and direct_exchange(tensors[0], group.name) is not None:
+    if is_lent:
         return lend(tensors, routes, group.name)
     if not is_hidden:
         return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
@@ -133,14 +134,14 @@ def lend(tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str) ->
         started = start(tensors, routes, name)
         return [Launched(x, None, route) for x, route in zip(started, routes, strict=True)]
     received, number = direct.send(tensors, routes)
-    return [Launched(x, None, route, None, number) for x, route in zip(received, routes, strict=True)]
+    lent = functools.partial(direct.give_back, number)
+    return [Launched(x, None, route, None, lent) for x, route in zip(received, routes, strict=True)]
 
 
-def give_back(launched: Launched, name: str) -> None:
+def give_back(launched: Launched) -> None:
     """Let peers have the memory of what was received together with `launched`, if it was lent; nothing may read it any more."""
-    direct = None if launched.lent is None else direct_exchange(launched.received, name)
-    if direct is not None and launched.lent is not None:
-        direct.give_back(launched.lent)
+    if launched.lent is not None:
+        launched.lent()
 
 
 def kept(x: torch.Tensor, launched: Launched) -> torch.Tensor:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvideo.distributed.peer_memory import PeerMemory
-from fastvideo.distributed.recipes import Layout, Piece, fetching, sending
+from fastvideo.distributed.recipes import Layout, Piece, Sending, fetching, sending
 from fastvideo.distributed.regions import LEAST_CAPACITY, Regions
 from fastvideo.distributed.routes import Route
 from fastvideo.distributed.rows import Form, copy_wide
@@ -159,9 +159,7 @@ class DirectExchange:
             raise ValueError(f"expected parts that copy engines take, got {[tuple(x.shape) for x in tensors]} by {routes}")
         with self._lock, memory.guard():
             claim = self._landed.claim(recipe.length, recipe.readers, memory.capacity, self._grow_landing, len(self._lent))
-            received = tuple(
-                [_tensor(form, memory.view(x.dtype), claim.start) for form, x in zip(recipe.received, tensors, strict=True)]
-            )
+            received = _landed(recipe, tensors, memory, claim.start)
             bases = _bases(tensors, received, memory.addresses, claim.start)
             copies, own = memory.copies, memory.own
             memory.follow((copies, own), memory.current())
@@ -241,6 +239,14 @@ def _bases(tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor], re
 def _tensor(form: Form, memory: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Return what lies in a tensor's memory as `form` says, and `start` bytes further."""
     return memory.as_strided(form.shape, form.strides, memory.storage_offset() + (form.start + start) // form.item)
+
+
+def _landed(recipe: Sending, tensors: Sequence[torch.Tensor], memory: PeerMemory, start: int) -> tuple[torch.Tensor, ...]:
+    """Return what is received in this rank's region."""
+    dtype = tensors[0].dtype
+    if recipe.together is not None and all(x.dtype == dtype for x in tensors):
+        return _tensor(recipe.together, memory.view(dtype), start).unbind()
+    return tuple([_tensor(form, memory.view(x.dtype), start) for form, x in zip(recipe.received, tensors, strict=True)])
 
 
 _exchanges: dict[str, tuple[weakref.ref[object], DirectExchange | None]] = {}

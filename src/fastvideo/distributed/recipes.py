@@ -76,6 +76,8 @@ class Sending(NamedTuple):
         sends: What it sends, to the next rank first.
         own: What stays on this rank.
         received: What is received: where in this rank's region, and how.
+        together: The same as one tensor, `[tensors, ...]`, if all are alike: then one view serves them all, which takes less
+            host time than one each.
     """
 
     length: int
@@ -85,6 +87,7 @@ class Sending(NamedTuple):
     sends: tuple[Move, ...]
     own: tuple[Move, ...]
     received: tuple[Form, ...]
+    together: Form | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -183,7 +186,17 @@ def sending(routes: tuple[Route, ...], layouts: tuple[Layout, ...], rank: int) -
         tuple([move for peer in peers for move in sends[peer]]),
         tuple(sends[rank]),
         tuple(received),
+        _together(received),
     )
+
+
+def _together(forms: list[Form]) -> Form | None:
+    """Return forms as one with a dim in front; `None` where they differ in more than their places, or these unevenly."""
+    first, distance = forms[0], forms[-1].start - forms[-2].start if len(forms) > 1 else 0
+    alike = [first._replace(start=first.start + number * distance) for number in range(len(forms))]
+    if forms != alike or distance % first.item:
+        return None
+    return first._replace(shape=(len(forms), *first.shape), strides=(distance // first.item, *first.strides))
 
 
 def _packs(x: Form, route: Route, rank: int, base: int, start: int) -> dict[int, list[Piece]]:

@@ -321,7 +321,7 @@ class _Keys:
     def give_back(self) -> None:
         """Let peers have the memory of this step's keys and values, which nothing reads any more."""
         if self._here:
-            give_back(self._here[0], self._name)
+            give_back(self._here[0])
 
     def _start(self, number: int) -> list[Launched]:
         fetch = self._steps[number].fetch if number < len(self._steps) else None
@@ -356,7 +356,7 @@ def _add_arrived(totals: Sequence[_Sum], on_the_way: list[Launched], name: str) 
         arrived = arrive(launched.received, launched.route, name)
         total.add(arrived, (0, arrived.shape[1]))
     if on_the_way:
-        give_back(on_the_way[0], name)
+        give_back(on_the_way[0])
 
 
 def _part_mask(mask: torch.Tensor | None, step: Step, num_more: int) -> torch.Tensor | None:

@@ -150,7 +150,8 @@ class SymmetricMemory:
 
     def guard(self) -> contextlib.AbstractContextManager[object]:
         """See `PeerMemory`."""
-        is_current = self._device.index == torch.cuda.current_device()
+        # What `torch.cuda.current_device` returns, which asks first whether CUDA is initialised.
+        is_current = self._device.index == torch._C._cuda_getDevice()
         return contextlib.nullcontext() if is_current else torch.cuda.device(self._device)
 
     def current(self) -> int:
