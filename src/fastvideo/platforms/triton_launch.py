@@ -26,6 +26,8 @@ class _Variant(NamedTuple):
     metadata: Any
     # In the kernel's order, with nothing at the places of tensors.
     arguments: list[Any]
+    # Its code is unloaded with it.
+    compiled: Any
 
 
 class PreparedKernel:
@@ -93,7 +95,7 @@ class PreparedKernel:
         if variant is None or self._kernel.pre_run_hooks or _is_hooked():
             self._launch_by_triton(key, given)
             return
-        run, function, metadata, template = variant
+        run, function, metadata, template, _ = variant
         arguments = template.copy()
         for place, value in zip(self._places, values, strict=True):
             arguments[place] = value
@@ -111,7 +113,7 @@ class PreparedKernel:
         parameters = self._kernel.arg_names
         template = [None if name in named else self._arguments[name] for name in parameters]
         self._places = [parameters.index(name) for name in self._names]
-        self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata, template)
+        self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata, template, compiled)
 
 
 @functools.cache
