@@ -7,7 +7,8 @@ devices say to each other are numbers of exchanges, which they write into each o
 - *Fetching*: pack what others need into this rank's staging memory; say so; wait for each peer's word and copy its part
   straight to where it belongs; say that it is read. What is received is memory like any other.
 - *Sending*: copy each part straight into the peer's memory, and say so. Nothing is packed, and nobody waits for a peer that
-  isn't ready, but what is received is this rank's only until it gives it back (`DirectExchange.give_back`), as in inference.
+  isn't ready, but what is received is this rank's only until it gives it back (`DirectExchange.give_back`), as in
+  inference and in a ring.
 
 On every rank each wait is given to a stream after all that ends it on the peers, in the order of exchanges that ranks share. So
 nothing can block for good, even where a device carries out several streams in one queue.
