@@ -293,6 +293,9 @@ def test_choice_of_implementation(monkeypatch) -> None:
         ({"query": torch.zeros(2, 20, 2, 8)}, ValueError, r"indices \[1 or 2, 1 or 2"),
         ({"scale": float("nan")}, ValueError, "finite scale, got scale=nan"),
         ({"scale": float("inf")}, ValueError, "finite scale, got scale=inf"),
+        ({"key": [[0.0]]}, TypeError, "key as a tensor, got list"),
+        ({"pattern": torch.ones(2, 2, dtype=torch.bool)}, TypeError, "BlockPattern, got Tensor; see BlockPattern.from_mask"),
+        ({"impl": ""}, ValueError, "impl as None or the name of an implementation, got ''"),
     ],
 )
 def test_bad_input(changes, error, text) -> None:

@@ -46,6 +46,18 @@ def test_layout_refuses_sizes_that_are_no_integers(size) -> None:
         TileLayout.from_sizes([3, size])
 
 
+@pytest.mark.parametrize("sizes", [(8.0, 4), (8, 4.0), (True, 4), ("8", 4)])
+def test_uniform_layout_refuses_what_is_no_integer(sizes) -> None:
+    with pytest.raises(TypeError, match="integers as num_tokens and tile_size"):
+        TileLayout.uniform(*sizes)
+
+
+def test_layout_refuses_more_tokens_than_int32_counts() -> None:
+    assert TileLayout.from_sizes([2**30, 2**30 - 1]).offsets.tolist() == [0, 2**30, 2**31 - 1]
+    with pytest.raises(ValueError, match=f"at most {2**31 - 1} tokens.*got {2**31}"):
+        TileLayout.from_sizes([2**30, 2**30])
+
+
 def test_layout_takes_integers_of_any_kind() -> None:
     layout = TileLayout.from_sizes(torch.tensor([2, 3]), order=torch.tensor([4, 3, 2, 1, 0], dtype=torch.uint8))
     layout.validate()
@@ -188,6 +200,20 @@ def test_what_lies_behind_a_count_does_not_matter() -> None:
         torch.tensor([[1, 2**40], [0, 2], [-5, -5]]), *layouts(), counts=torch.tensor([1, 2, 0])
     )
     assert pattern.tile_mask()[0, 0].int().tolist() == [[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def test_lists_in_the_place_of_tensors_are_refused() -> None:
+    query, key = layouts()
+    lists = [[0, 1], [1, 2], [2, 3]]
+    for name, make in (
+        ("order", lambda: TileLayout.from_sizes([2, 1], order=[0, 1, 2])),
+        ("indices", lambda: BlockPattern(query, key, lists)),
+        ("indices", lambda: BlockPattern.from_indices(lists, query, key)),
+        ("counts", lambda: BlockPattern.from_indices(torch.tensor(lists), query, key, counts=[2, 2, 2])),
+        ("mask", lambda: BlockPattern.from_mask([[True] * 4] * 3, query, key)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} as a tensor, got list"):
+            make()
 
 
 def test_types_and_devices_that_are_refused() -> None:

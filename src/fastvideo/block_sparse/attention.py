@@ -76,8 +76,8 @@ def block_sparse_attention(
         differentiable.
 
     Raises:
-        TypeError: For tensors that are not floating point.
-        ValueError: For shapes, dtypes, devices or a scale that do not fit.
+        TypeError: For tensors that are not floating point, or something else in the place of a tensor or the pattern.
+        ValueError: For shapes, dtypes, devices or a scale that do not fit, or an `impl` that nobody knows.
         NotImplementedError: When `impl` (or every implementation) can't run the call; lists all reasons.
 
     Example:
@@ -89,6 +89,9 @@ def block_sparse_attention(
         >>> torch.equal(out[:, :4], alone[:, :4])
         True
     """
+    _check_types(query, key, value, pattern)
+    if impl == _AUTOMATIC:
+        raise ValueError("expected impl as None or the name of an implementation, got ''")
     query, key, value = as_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -107,6 +110,14 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _check_types(query: Any, key: Any, value: Any, pattern: Any) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected {name} as a tensor, got {type(x).__name__}")
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"expected pattern as a BlockPattern, got {type(pattern).__name__}; see BlockPattern.from_mask")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> None:

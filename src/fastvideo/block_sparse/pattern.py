@@ -10,12 +10,14 @@ Shape legend: B batch, H heads, S tokens, Nq / Nk query / key tiles, K width of 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+_MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +67,15 @@ class TileLayout:
 
         Raises:
             TypeError: For a size or an `order` that isn't of integers.
-            ValueError: For no tiles, a tile without tokens or an `order` of another length.
+            ValueError: For no tiles, a tile without tokens, more tokens than int32 counts or an `order` of another length.
         """
-        wrong = [size for size in sizes if isinstance(size, bool) or not hasattr(size, "__index__")]
-        if wrong:
-            raise TypeError(f"expected integers as tile sizes, got {wrong[0]!r}")
-        sizes = [operator.index(size) for size in sizes]
+        sizes = _integers("tile sizes", sizes)
         if not sizes or min(sizes) < 1:
             raise ValueError(f"expected one or more tiles of at least 1 token, got sizes={sizes[:16]}")
         num_tokens = sum(sizes)
+        if num_tokens > _MAX_TOKENS:
+            raise ValueError(f"expected at most {_MAX_TOKENS} tokens, since rows are counted in int32, got {num_tokens}")
+        _check_tensors(order=order)
         if order is not None:
             if order.shape != (num_tokens,):
                 raise ValueError(f"expected order of shape ({num_tokens},), the sum of sizes, got {tuple(order.shape)}")
@@ -96,6 +98,7 @@ class TileLayout:
             >>> TileLayout.uniform(10, 4).sizes.tolist()
             [4, 4, 2]
         """
+        num_tokens, tile_size = _integers("num_tokens and tile_size", (num_tokens, tile_size))
         if num_tokens < 1 or tile_size < 1:
             raise ValueError(f"expected num_tokens >= 1 and tile_size >= 1, got {num_tokens=}, {tile_size=}")
         full, rest = divmod(num_tokens, tile_size)
@@ -209,6 +212,7 @@ class BlockPattern:
 
     def __post_init__(self) -> None:
         indices, counts = self.indices, self.counts
+        _check_tensors(indices=indices, counts=counts)
         if indices.dtype != torch.int32 or (counts is not None and counts.dtype != torch.int32):
             raise TypeError(
                 f"expected int32 indices and counts, got {indices.dtype}"
@@ -234,6 +238,7 @@ class BlockPattern:
             query_tiles: Layout of the queries.
             key_tiles: Layout of the keys.
         """
+        _check_tensors(mask=mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"expected a bool tile mask, got {mask.dtype}")
         if mask.ndim == 2:
@@ -264,6 +269,7 @@ class BlockPattern:
             ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`; for a layout whose
                 own `validate` refuses it.
         """
+        _check_tensors(indices=indices, counts=counts)
         if indices.ndim == 2:
             indices = indices[None, None]
             counts = counts[None, None] if counts is not None else None
@@ -316,6 +322,21 @@ class BlockPattern:
         bounds = torch.arange(num_key_tiles + 1, dtype=torch.int32, device=key.device)
         offsets = torch.searchsorted(key, bounds.expand(*key.shape[:2], -1).contiguous(), out_int32=True)
         return InvertedLists(offsets, (entry // width).to(torch.int32))
+
+
+def _integers(name: str, values: Iterable[Any]) -> list[int]:
+    """Python's integers, from those of any kind."""
+    values = list(values)
+    wrong = [value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")]
+    if wrong:
+        raise TypeError(f"expected integers as {name}, got {wrong[0]!r}")
+    return [operator.index(value) for value in values]
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"expected {name} as a tensor, got {type(x).__name__}")
 
 
 def _narrowed(name: str, x: Tensor) -> Tensor:
