@@ -16,6 +16,9 @@ def test_table(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("machine: H200 (capability 9.0)")
     assert any(line.startswith("TORCH_SDPA") and "chosen" in line for line in lines)
+    assert main([*WAN, "--device", "cpu"]) == 0
+    (chosen,) = [line for line in capsys.readouterr().out.splitlines() if "chosen" in line]
+    assert chosen.split() == ["TORCH_SDPA", "chosen", "0.1", "TFLOP/s"]
 
 
 def test_json(capsys) -> None:

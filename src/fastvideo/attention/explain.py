@@ -67,7 +67,7 @@ class Explanation:
         rows = [("backend", "verdict", "expected", "why")]
         for verdict in self.decision.trace:
             word = "chosen" if verdict.backend == self.chosen else "accepts" if verdict.accepts else "rejects"
-            speed = f"{verdict.expected_speed:.0f} TFLOP/s" if verdict.accepts and verdict.expected_speed else ""
+            speed = _speed(verdict.expected_speed) if verdict.accepts else ""
             why = list(verdict.reasons)
             if verdict.accepts and not verdict.exact:
                 why = ["runs only when named: its result is not dense attention"]
@@ -79,6 +79,11 @@ class Explanation:
         lines.insert(1, "-" * max(map(len, lines)))
         notes = [f"note: {note}" for note in self._all_notes()]
         return "\n".join([f"machine: {self.decision.request.system}", *lines, *notes])
+
+
+def _speed(expected: float) -> str:
+    """TFLOP/s in whole numbers, below one in one digit; nothing where none is expected."""
+    return f"{expected:{'.0f' if expected >= 1 else '.1g'}} TFLOP/s" if expected else ""
 
 
 def explain(
