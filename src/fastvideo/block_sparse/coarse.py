@@ -91,7 +91,8 @@ def make_means(
     if _in_kernels(query):
         from fastvideo.block_sparse.coarse_kernels import launch_means
 
-        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        key = key if key.stride(-1) == 1 else key.contiguous()
         value = value if value is None or value.stride(-1) == 1 else value.contiguous()
         made = _empty_means(query, key, value, geometry.video_tiles.num_tiles)
         wanted = made if value is not None else (*made[:2], None, None, None)

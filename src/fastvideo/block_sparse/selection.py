@@ -6,6 +6,7 @@ host waits, and no gradient passes. On GPUs two Triton kernels do it (`selection
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager
 from typing import Any
@@ -102,27 +103,30 @@ def choose_tiles(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Ten
     batch, num_tiles, num_heads, _ = query.shape
     if num_kept == num_tiles:
         return _everything(torch.Size((batch, num_heads, num_tiles, num_tiles)), query.device)
-    indices = query.new_empty(batch * num_heads, num_tiles, num_kept, dtype=torch.int32)
-    in_kernels = _fits_kernel(query, num_tiles)
-    # In torch there are also the negated scores, the sorted copy and 8-byte indices.
-    row_bytes = num_tiles * (query.itemsize if in_kernels else 3 * query.itemsize + 8)
-    query = query if in_kernels or scale == 1.0 else query * scale
-    num_rows = max(1, _SCRATCH_BYTES // row_bytes)
-    # Steps of even size: all lists, or whole lists, or rows of one list.
-    num_steps = -(-batch * num_heads // max(1, num_rows // num_tiles))
-    step_lists, step_rows = -(-batch * num_heads // num_steps), min(num_rows, num_tiles)
-    for first in range(0, batch * num_heads, step_lists):
-        lists = range(first, min(first + step_lists, batch * num_heads))
-        for row in range(0, num_tiles, step_rows):
-            # A view costs the host as much as a small launch.
-            is_all = num_steps == 1 and step_rows == num_tiles
-            part = indices if is_all else indices[lists.start : lists.stop, row : row + step_rows]
-            if in_kernels:
-                _select_in_kernels(query, key, part, lists, row, scale)
-            else:
-                scores = torch.cat([_scores(query, key, entry, slice(row, row + step_rows)) for entry in lists])
-                part.copy_(top_k_ascending(scores, num_kept))
-    return indices.view(batch, num_heads, num_tiles, num_kept)
+    indices = query.new_empty((batch, num_heads, num_tiles, num_kept), dtype=torch.int32)
+    num_lists = batch * num_heads
+    if _fits_kernel(query, num_tiles):
+        _choose_in_kernels(query, key, indices, _steps(num_lists, num_tiles, num_tiles * query.itemsize, _SCRATCH_BYTES), scale)
+        return indices
+    query = query if scale == 1.0 else query * scale
+    # There are also the negated scores, the sorted copy and 8-byte indices.
+    for lists, rows in _steps(num_lists, num_tiles, num_tiles * (3 * query.itemsize + 8), _SCRATCH_BYTES):
+        scores = torch.cat([_scores(query, key, entry, rows) for entry in range(num_lists)[lists]])
+        indices.flatten(0, 1)[lists, rows] = top_k_ascending(scores, num_kept)
+    return indices
+
+
+@functools.lru_cache(64)
+def _steps(num_lists: int, num_tiles: int, row_bytes: int, scratch_bytes: int) -> tuple[tuple[slice, slice], ...]:
+    """Steps of even size whose rows fit into the scratch: all lists, or whole lists, or rows of one list."""
+    num_rows = max(1, scratch_bytes // row_bytes)
+    num_steps = -(-num_lists // max(1, num_rows // num_tiles))
+    step_lists, step_rows = -(-num_lists // num_steps), min(num_rows, num_tiles)
+    return tuple(
+        (slice(first, min(first + step_lists, num_lists)), slice(row, min(row + step_rows, num_tiles)))
+        for first in range(0, num_lists, step_lists)
+        for row in range(0, num_tiles, step_rows)
+    )
 
 
 _select_op = torch.library.custom_op("fastvideo::select_tiles", choose_tiles, mutates_args=())
@@ -173,12 +177,19 @@ def _scores(query: Tensor, key: Tensor, entry: int, rows: slice) -> Tensor:
     return (query[sample, rows, head] @ keys.transpose(0, 1))[None]
 
 
-def _select_in_kernels(query: Tensor, key: Tensor, part: Tensor, lists: range, row: int, scale: float) -> None:
+def _choose_in_kernels(
+    query: Tensor, key: Tensor, indices: Tensor, steps: tuple[tuple[slice, slice], ...], scale: float
+) -> None:
     from fastvideo.block_sparse.selection_kernels import launch_scores, launch_top_k, row_stride
 
-    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
     num_tiles = query.shape[1]
-    scores = query.new_empty(*part.shape[:2], row_stride(num_tiles))
+    stride = row_stride(num_tiles)
     with device_of(query):
-        launch_scores(query, key, scores, lists.start, row, scale)
-        launch_top_k(scores, part, num_tiles)
+        for lists, rows in steps:
+            scores = query.new_empty(lists.stop - lists.start, rows.stop - rows.start, stride)
+            launch_scores(query, key, scores, lists.start, rows.start, scale)
+            # Views cost the host as much as a small launch.
+            part = indices if len(steps) == 1 else indices.flatten(0, 1)[lists, rows]
+            launch_top_k(scores, part, num_tiles)

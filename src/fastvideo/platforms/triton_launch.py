@@ -24,7 +24,7 @@ class _Variant(NamedTuple):
     run: Callable[..., None]
     function: int
     metadata: Any
-    # In the kernel's order, with nothing at the places of tensors.
+    # What stands behind the tensors.
     arguments: list[Any]
     # Its code is unloaded with it.
     compiled: Any
@@ -48,38 +48,37 @@ class PreparedKernel:
     """
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        tensors: Sequence[str],
-        arguments: dict[str, Any],
-        descriptors: Sequence[str] = (),
+        self, kernel: Any, grid: tuple[int, ...], tensors: Sequence[str], arguments: dict[str, Any], num_descriptors: int = 0
     ) -> None:
         """Keep what all launches share.
 
         Args:
             kernel: What `triton.jit` or `gluon.jit` made.
             grid: Programs along up to three axes.
-            tensors: Names of the parameters whose tensors each launch gives.
+            tensors: Names of the first parameters, whose tensors each launch gives.
             arguments: All other parameters and options such as `num_warps`, by name.
-            descriptors: Names of the parameters whose tensor descriptors each launch gives, each of one box and layout.
+            num_descriptors: How many of `tensors` come first and are tensor descriptors, each of one box and layout.
         """
         self._kernel, self._grid, self._arguments = kernel, grid, arguments
-        self._names, self._num_tensors = (*tensors, *descriptors), len(tensors)
+        self._names, self._num_descriptors = tuple(tensors), num_descriptors
         self._grid_xyz = (*grid, 1, 1)[:3]
-        self._places: list[int] = []
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
     def __call__(self, *given: Any) -> None:
         """Launch.
 
         Args:
-            *given: The tensors, of which all but the first may be None, then the descriptors.
+            *given: The descriptors, then the tensors, of which all but the first may be None.
         """
-        # A list of the dtypes, in brackets where the memory is not aligned, and what the kernel takes.
-        kinds: list[Any] = [given[0].get_device()]
+        count = self._num_descriptors
+        device = given[count].get_device()
+        # The dtypes, in brackets where the memory is not aligned, and what the kernel takes.
+        kinds: list[Any] = [device]
         values: list[Any] = []
-        for x in given[: self._num_tensors]:
+        for x in given[:count]:
+            kinds.append(x.base.dtype)
+            values.append(x)
+        for x in given[count:] if count else given:
             if x is None:
                 values.append(None)
                 kinds.append(None)
@@ -87,33 +86,27 @@ class PreparedKernel:
                 address = x.data_ptr()
                 values.append(address)
                 kinds.append(x.dtype if address % _ALIGNMENT == 0 else (x.dtype,))
-        for x in given[self._num_tensors :]:
-            values.append(x)
-            kinds.append(x.base.dtype)
         key = tuple(kinds)
         variant = self._variants.get(key)
         if variant is None or self._kernel.pre_run_hooks or _is_hooked():
             self._launch_by_triton(key, given)
             return
-        run, function, metadata, template, _ = variant
-        arguments = template.copy()
-        for place, value in zip(self._places, values, strict=True):
-            arguments[place] = value
-        stream = _runtime()[1].active.get_current_stream(key[0])
+        run, function, metadata, rest, _ = variant
+        stream = _runtime()[1].active.get_current_stream(device)
         # Nobody is to be told of the launch.
-        run(*self._grid_xyz, stream, function, metadata, None, None, None, *arguments)
+        run(*self._grid_xyz, stream, function, metadata, None, None, None, *values, *rest)
 
     def _launch_by_triton(self, key: tuple[Any, ...], given: tuple[Any, ...]) -> None:
-        named = dict(zip(self._names, given, strict=True))
-        compiled = self._kernel[self._grid](**named, **self._arguments)
+        compiled = self._kernel[self._grid](**dict(zip(self._names, given, strict=True)), **self._arguments)
         # Interpreted kernels return nothing.
         if compiled is None:
             return
+        first, rest = self._kernel.arg_names[: len(given)], self._kernel.arg_names[len(given) :]
+        if tuple(first) != self._names:
+            raise ValueError(f"expected the first parameters of {self._kernel.__name__}, {first}, got {self._names}")
         # Options are no parameters; constants are, which are given and not read.
-        parameters = self._kernel.arg_names
-        template = [None if name in named else self._arguments[name] for name in parameters]
-        self._places = [parameters.index(name) for name in self._names]
-        self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata, template, compiled)
+        arguments = [self._arguments[name] for name in rest]
+        self._variants[key] = _Variant(compiled.run, compiled.function, compiled.packed_metadata, arguments, compiled)
 
 
 @functools.cache

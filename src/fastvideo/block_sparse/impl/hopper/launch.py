@@ -38,8 +38,10 @@ _WAVES = 4
 _EACH_WAVE_BYTES = 64 << 20
 
 # What launches of the forward kernel differ in.
-_FORWARD = ("query", "out", "lse", "gate", "coarse", "block_tiles", "rows", "masks", "meta", "counts", "row_token", "arrivals")
-_MAPS = ("key_boxes", "value_boxes", "key_granules", "value_granules")
+_FORWARD = (
+    *("key_boxes", "value_boxes", "key_granules", "value_granules", "rows", "masks", "meta", "counts", "row_token", "arrivals"),
+    *("query", "out", "lse", "gate", "coarse", "block_tiles"),
+)
 
 Constants = dict[str, int]
 # Stages of the rings by head size: what fits into 227 KiB of shared memory. Registers are those of a thread.
@@ -171,17 +173,18 @@ def forward_into(
         for launch in launches:
             keys = rows or pack_keys(key, value, walked, launch.first, launch.heads, scale)
             plan = launch.planner(pattern, own, walked, launch.num_waves)
-            tensors = (query, out, lse, gate, coarse, block_tiles, plan.rows, plan.masks, plan.meta, own.counts)
-            descriptors = (*keys.maps(64, head_size), *keys.maps(16, head_size))
-            launch.kernel(*tensors, own.row_token, _arrivals(plan, own), *descriptors)
+            walks = (plan.rows, plan.masks, plan.meta, own.counts, own.row_token, _arrivals(plan, own))
+            launch.kernel(*keys.maps(head_size), *walks, query, out, lse, gate, coarse, block_tiles)
 
 
 def _readable(gate: Tensor) -> Tensor:
     """A gate that the kernel can read, which copies 16 bytes at a time."""
     *strides, s_d = gate.stride()
-    is_even = all(stride % 16 == 0 or size == 1 for size, stride in zip(gate.shape, strides, strict=False))
-    if is_even and s_d == 1 and gate.data_ptr() % 16 == 0:
-        return gate
+    if s_d == 1 and gate.data_ptr() % 16 == 0:
+        # The second look is for axes of one entry.
+        s_b, s_s, s_h = strides
+        if (s_b | s_s | s_h) % 16 == 0 or all(x % 16 == 0 or n == 1 for x, n in zip(strides, gate.shape, strict=False)):
+            return gate
     return gate.clone(memory_format=torch.contiguous_format)
 
 
@@ -244,7 +247,7 @@ def _prepare_forward(
             **steps,
             **FWD[head_size],
         }
-        kernel = PreparedKernel(fwd.block_sparse_fwd_kernel, (programs,), _FORWARD, arguments, _MAPS)
+        kernel = PreparedKernel(fwd.block_sparse_fwd_kernel, (programs,), _FORWARD, arguments, num_descriptors=4)
         yield _ForwardLaunch(first, heads, planner, num_waves, kernel)
 
 
@@ -347,8 +350,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     programs = min(_num_programs(dq.device), pairs)
     num_waves, steps = _steps(programs, pairs, call.key, call.pattern, call.keys)
     plan = plan_queries(call.pattern, own, call.keys, first_head, heads, total, num_waves)
-    key_boxes, value_boxes = keys.maps(64, head_size)
-    key_granules, value_granules = keys.maps(16, head_size)
+    key_boxes, value_boxes, key_granules, value_granules = keys.maps(head_size)
     scale = _kernel_scale(call.scale)
     dquery_kernel.block_sparse_bwd_dq_kernel[(programs,)](
         key_boxes=key_boxes,
@@ -393,9 +395,8 @@ def _launch_dkdv(
     lengths, queues, ends = fill_queues(plan, own, heads, group, 2 * programs)
     flat = stats.view(-1)
     stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], _stats_layout()) for rows in (64, 16))
-    query_boxes, dout_boxes = queries.maps(64, head_size)
-    query_granules, dout_granules = queries.maps(16, head_size)
-    key_boxes, value_boxes = keys.maps(64, head_size)
+    query_boxes, dout_boxes, query_granules, dout_granules = queries.maps(head_size)
+    key_boxes, value_boxes, _, _ = keys.maps(head_size)
     dkdv_kernel.block_sparse_bwd_dkdv_kernel[(programs,)](
         query_boxes=query_boxes,
         dout_boxes=dout_boxes,

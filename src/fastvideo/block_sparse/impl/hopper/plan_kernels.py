@@ -167,11 +167,11 @@ def _list_marked(p_marks, p_tiles, p_others, s_own, i_first, IS_JOINT: tl.conste
 @triton.jit(do_not_specialize=["max_blocks", "num_walked", "s_marks", "s_own", "s_lists", "s_rows", "s_masks", "least_shared"])
 def plan_marks_kernel(
     marks,
+    lists,
     block_tiles,
     own_counts,
     offsets,
     piece_row,
-    lists,
     rows,
     masks,
     meta,

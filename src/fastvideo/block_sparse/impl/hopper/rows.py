@@ -31,15 +31,21 @@ class Rows(NamedTuple):
     s_row_h: int
     s_column_h: int
 
-    def maps(self, rows: int, head_size: int) -> list[TensorDescriptor]:
-        """Tensor maps for boxes of `rows` rows of one head."""
-        return [moved(_described(x.shape, x.stride(), x.dtype, rows, head_size), x) for x in (self.first, self.second)]
+    def maps(self, head_size: int) -> list[TensorDescriptor]:
+        """Tensor maps of both for boxes of 64 rows of one head, then for those of 16."""
+        first, second = self.first, self.second
+        ones = _described(first.shape, first.stride(), first.dtype, head_size)
+        others = _described(second.shape, second.stride(), second.dtype, head_size)
+        return [moved(ones[0], first), moved(others[0], second), moved(ones[1], first), moved(others[1], second)]
 
 
 @functools.lru_cache(64)
-def _described(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, head_size: int) -> TensorDescriptor:
+def _described(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, head_size: int
+) -> tuple[TensorDescriptor, TensorDescriptor]:
     stand_in = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    return TensorDescriptor.from_tensor(stand_in, [rows, head_size], _row_layout())
+    boxes, granules = (TensorDescriptor.from_tensor(stand_in, [rows, head_size], _row_layout()) for rows in (64, 16))
+    return boxes, granules
 
 
 @functools.cache
