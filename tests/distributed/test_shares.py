@@ -282,7 +282,7 @@ def test_groups_hold_all_heads_and_begin_and_end_small(num_heads: int, num_group
     lengths = group_lengths(num_heads, num_groups)
     assert (sum(lengths), len(lengths)) == (num_heads, num_groups)
     if num_groups > 2 and num_heads >= num_groups:
-        assert 0 < lengths[-1] <= lengths[0] <= min(lengths[1:-1])
+        assert lengths[0] == lengths[-1] == min(lengths) > 0
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,7 @@ def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None
 def group_lengths(num_heads: int, num_groups: int) -> tuple[int, ...]:
     """Return into which groups a rank's heads are cut, of which one travels while another is computed.
 
-    Nothing hides the way of the first one here, so it is small, or of the last one's output back, so that is smaller still: its
-    computation has less to hide than the first one's.
+    Nothing hides the way of the first one here, or of the last one's output back, so these two are small.
 
     Args:
         num_heads: Heads of one rank, or what is to stay together of them.
@@ -119,13 +118,12 @@ def group_lengths(num_heads: int, num_groups: int) -> tuple[int, ...]:
 
     Example:
         >>> group_lengths(20, 3), group_lengths(20, 1)
-        ((3, 15, 2), (20,))
+        ((3, 14, 3), (20,))
     """
     if num_groups < 3 or num_heads < num_groups:
         return split_lengths(num_heads, num_groups)
-    first = max(1, round(num_heads / (2 * num_groups)))
-    last = (first + 1) // 2
-    return (first, *split_lengths(num_heads - first - last, num_groups - 2), last)
+    end = max(1, round(num_heads / (2 * num_groups)))
+    return (end, *split_lengths(num_heads - 2 * end, num_groups - 2), end)
 
 
 def cut_heads(x: torch.Tensor, size: int, lengths: Sequence[int]) -> list[torch.Tensor]:
