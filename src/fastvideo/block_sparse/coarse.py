@@ -86,8 +86,14 @@ def make_means(
     tile_tyx: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The custom op behind `tile_means`: means of query and key, then the three low ones, which are empty without `value`."""
-    geometry = geometry_of(grid_tyx, tile_tyx, query.device)
+    """The custom op behind `tile_means`."""
+    return means_of(query, key, value, geometry_of(grid_tyx, tile_tyx, query.device), scale)
+
+
+def means_of(
+    query: Tensor, key: Tensor, value: Tensor | None, geometry: VideoGeometry, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means of query and key, then the three low ones, which are empty without `value`; no gradient passes."""
     if _in_kernels(query):
         from fastvideo.block_sparse.coarse_kernels import launch_means
 

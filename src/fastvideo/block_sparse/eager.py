@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NO_CONTEXT = contextlib.nullcontext()
+
 __all__ = ["eager_function", "function_of", "without_autocast"]
 
 
@@ -56,5 +58,5 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
         torch.float32
     """
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
     return torch.autocast(device_type, enabled=False)

@@ -87,16 +87,15 @@ class _Call:
 
     def __init__(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        grid_tyx: Sequence[int],
-        tile_tyx: Sequence[int],
-        num_replicated: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        indices: Tensor,
+        geometry: VideoGeometry,
         impl: str,
     ) -> None:
-        query, key, value, indices = tensors
-        self.geometry = geometry_of(grid_tyx, tile_tyx, query.device, num_replicated)
-        self.num_video = self.geometry.video_tiles.num_tokens
-        key_tiles, text_keys = self.geometry.key_tiles, self.geometry.text_keys
+        self.geometry, self.num_video = geometry, geometry.video_tiles.num_tokens
+        key_tiles, text_keys = geometry.key_tiles, geometry.text_keys
         if text_keys is not None:
             indices = torch.cat([indices, text_keys.expand(*indices.shape[:3], -1)], dim=-1)
         self.video_pattern = BlockPattern(self.geometry.video_tiles, key_tiles, indices)
@@ -132,21 +131,37 @@ def run_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The custom op behind `attend_to_tiles`: the output and the log-sum-exp, `[B, S + R, Hq]`."""
-    call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
-    added = None if coarse is None or gate is None else GatedTiles(gate, coarse)
+    geometry = geometry_of(grid_tyx, tile_tyx, query.device, num_replicated)
     with without_autocast(query.device.type):
-        if not num_replicated and call.video.forward_into is None:
-            fine, lse = call.video.forward(query, key, value, call.video_pattern, scale)
-            return _add_gated(fine, coarse, gate, fine, call.geometry), lse
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
-        video, text = call.video_rows, call.text_rows
-        inputs = (video(query), key, value)
-        _write(call.video, inputs, call.video_pattern, scale, video(out), video(lse), added, call.geometry)
-        if num_replicated:
-            inputs = (text(query), key, value)
-            _write(call.text, inputs, call.text_pattern, scale, text(out), text(lse), None, call.geometry)
-        return out, lse
+        return forward_of(query, key, value, coarse, gate, indices, geometry, scale, impl)
+
+
+def forward_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    indices: Tensor,
+    geometry: VideoGeometry,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """What `run_forward` gives, without autocast; no gradient passes."""
+    call = _Call(query, key, value, indices, geometry, impl)
+    added = None if coarse is None or gate is None else GatedTiles(gate, coarse)
+    if geometry.text_tiles is None and call.video.forward_into is None:
+        fine, lse = call.video.forward(query, key, value, call.video_pattern, scale)
+        return _add_gated(fine, coarse, gate, fine, geometry), lse
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+    video, text = call.video_rows, call.text_rows
+    inputs = (video(query), key, value)
+    _write(call.video, inputs, call.video_pattern, scale, video(out), video(lse), added, geometry)
+    if geometry.text_tiles is not None:
+        inputs = (text(query), key, value)
+        _write(call.text, inputs, call.text_pattern, scale, text(out), text(lse), None, geometry)
+    return out, lse
 
 
 def _write(
@@ -197,7 +212,7 @@ def _backward_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Call((query, key, value, indices), grid_tyx, tile_tyx, num_replicated, impl)
+    call = _Call(query, key, value, indices, geometry_of(grid_tyx, tile_tyx, query.device, num_replicated), impl)
     video_query, video_dout, video_out, video_lse = (call.video_rows(x) for x in (query, dout, out, lse))
     dcoarse, dgate = query.new_empty(0), query.new_empty(0)
     with without_autocast(query.device.type):

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.coarse import coarse_attention, make_means
-from fastvideo.block_sparse.fine_stage import run_forward
-from fastvideo.block_sparse.geometry import VideoGeometry
+from fastvideo.block_sparse.coarse import coarse_attention, means_of
+from fastvideo.block_sparse.eager import without_autocast
+from fastvideo.block_sparse.fine_stage import forward_of
+from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
 from fastvideo.block_sparse.selection import choose_tiles
+from fastvideo.platforms.triton_support import device_of
 
 
 def attend_without_gradients(
@@ -62,13 +64,14 @@ def _attend(
     scale: float,
     impl: str,
 ) -> Tensor:
-    means_query, means_key, *low = make_means(query, key, None if gate is None else value, grid_tyx, tile_tyx, scale)
-    indices = choose_tiles(means_query, means_key, num_kept, scale)
-    del means_query, means_key
-    coarse = None if gate is None else coarse_attention(low)
-    del low
-    where = (grid_tyx, tile_tyx, num_replicated)
-    return run_forward(query, key, value, coarse, gate, indices, *where, scale, impl)[0]
+    geometry = geometry_of(grid_tyx, tile_tyx, query.device, num_replicated)
+    with without_autocast(query.device.type), device_of(query):
+        means_query, means_key, *low = means_of(query, key, None if gate is None else value, geometry, scale)
+        indices = choose_tiles(means_query, means_key, num_kept, scale)
+        del means_query, means_key
+        coarse = None if gate is None else coarse_attention(low)
+        del low
+        return forward_of(query, key, value, coarse, gate, indices, geometry, scale, impl)[0]
 
 
 def _fake(query: Tensor, *_rest: Any) -> Tensor:

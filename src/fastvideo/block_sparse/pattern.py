@@ -224,10 +224,9 @@ class BlockPattern:
         if counts is not None and counts.shape != indices.shape[:3]:
             raise ValueError(f"expected counts of shape {tuple(indices.shape[:3])}, got {tuple(counts.shape)}")
         tensors = (indices, counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
-        device = indices.device
-        if any(t is not None and t.device != device for t in tensors):
-            devices = {str(t.device) for t in tensors if t is not None}
-            raise ValueError(f"expected all tensors of a pattern on one device, got {sorted(devices)}")
+        devices = {t.device for t in tensors if t is not None}
+        if len(devices) > 1:
+            raise ValueError(f"expected all tensors of a pattern on one device, got {sorted(map(str, devices))}")
 
     @classmethod
     def from_mask(cls, mask: Tensor, query_tiles: TileLayout, key_tiles: TileLayout) -> BlockPattern:

@@ -11,6 +11,8 @@ import torch
 
 __all__ = ["device_of", "has_triton", "runs_triton"]
 
+_NO_CONTEXT = contextlib.nullcontext()
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -48,5 +50,5 @@ def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which kernels are launched on the device of `x`."""
     # To enter what is current takes several microseconds.
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
     return torch.cuda.device(x.device)
