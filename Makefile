@@ -7,8 +7,7 @@ PYTHON ?= python3
 PROMPT ?= red heart moving left, green tree moving up on a navy background
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported; pip would compile all of it.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The suite compiles the kernels with the Triton that is installed, which is the newest.
 OLDEST_TRITON := 3.6.0
 TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
