@@ -589,6 +589,37 @@ def test_gate_in_the_forward(shape: str) -> None:
         assert (sums[:, num_queries:] == 7).all()
 
 
+@pytest.mark.usefixtures("kernels_in_torch")
+def test_launches_that_layouts_keep_differ_as_calls_do() -> None:
+    """Layouts that keep what calls share give each call what layouts that keep nothing give it."""
+    layouts = TileLayout.from_sizes([64, 16, 4, 30]), TileLayout.from_sizes([64, 16, 50, 4])
+    keeping = [replace(layout, derived={}) for layout in layouts]
+
+    def results(layouts: Any, heads: int, kv_heads: int, scale: float, width: int, has_counts: bool, has_gate: bool) -> Any:
+        randn = partial(torch.randn, generator=torch.Generator().manual_seed(width))
+        query, gate = (randn(1, 114, heads, 80).half()[..., :64] for _ in range(2))
+        key, value = randn(1, 134, kv_heads, 64).half(), randn(1, 134, kv_heads, 64).half()
+        lists = randn(1, heads, 4, 4).argsort(-1)[..., :width].sort(-1).values.int()
+        counts = torch.full(lists.shape[:3], width - 1, dtype=torch.int32) if has_counts else None
+        added = GatedTiles(gate, randn(1, 4, heads, 64).half()) if has_gate else None
+        out, lse = torch.empty(1, 114, heads, 64).half(), torch.empty(1, 114, heads)
+        launch.forward_into(query, key, value, BlockPattern(*layouts, lists, counts), scale, out, lse, added)
+        return out, lse
+
+    kinds = [(2, 2, 0.3, 2, False, True), (2, 2, -0.3, 2, False, True), (2, 2, 0.3, 3, False, True), (2, 2, 0.3, 2, True, True)]
+    kinds += [
+        (2, 2, 0.3, 2, False, False),
+        (2, 1, 0.3, 2, False, True),
+        (3, 3, 0.3, 2, False, True),
+        (2, 2, 0.0, 2, False, True),
+    ]
+    for kind in (*kinds, kinds[0]):
+        for name, x, expected in zip(("out", "lse"), results(keeping, *kind), results(layouts, *kind), strict=True):
+            assert torch.equal(x, expected), (name, kind)
+    kept = packing.pack_layout(keeping[0]).kept
+    assert sum(key[0] == "forward" for key in kept) == len(kinds)
+
+
 class Attention(torch.autograd.Function):
     """The implementation without the custom op, which would refuse CPU tensors."""
 

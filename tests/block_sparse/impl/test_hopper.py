@@ -77,3 +77,18 @@ def test_import_leaves_triton_alone() -> None:
     code = "import sys, fastvideo.block_sparse.impl.hopper; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@needs_triton
+def test_descriptors_of_other_tensors_are_those_that_gluon_makes() -> None:
+    from triton.experimental.gluon import language as gl
+
+    from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor, moved
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    one, other = (torch.zeros(64, 256, dtype=torch.bfloat16)[:, :128] for _ in range(2))
+    described = TensorDescriptor.from_tensor(one, [16, 64], layout)
+    made, expected = moved(described, other), TensorDescriptor.from_tensor(other, [16, 64], layout)
+    assert made.base is other
+    assert described.base is one
+    assert {**vars(made), "base": None} == {**vars(expected), "base": None}
