@@ -124,10 +124,10 @@ def _empty_means(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, _, num_heads, head_size = query.shape
     query_shape, key_shape = (batch, num_tiles, num_heads, head_size), (batch, num_tiles, key.shape[2], head_size)
-    means = query.new_empty(query_shape, dtype=dtype), query.new_empty(key_shape, dtype=dtype)
+    means = query.new_empty(*query_shape, dtype=dtype), query.new_empty(*key_shape, dtype=dtype)
     if value is None:
         return *means, query.new_empty(0), query.new_empty(0), query.new_empty(0)
-    return *means, query.new_empty(query_shape), query.new_empty(key_shape), query.new_empty(key_shape)
+    return *means, query.new_empty(*query_shape), query.new_empty(*key_shape), query.new_empty(*key_shape)
 
 
 @_means_op.register_fake

@@ -154,7 +154,7 @@ def forward_of(
         fine, lse = call.video.forward(query, key, value, call.video_pattern, scale)
         return _add_gated(fine, coarse, gate, fine, geometry), lse
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+    lse = query.new_empty(*query.shape[:3], dtype=accumulation_dtype(query.dtype))
     video, text = call.video_rows, call.text_rows
     inputs = (video(query), key, value)
     _write(call.video, inputs, call.video_pattern, scale, video(out), video(lse), added, geometry)

@@ -103,7 +103,7 @@ def choose_tiles(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Ten
     batch, num_tiles, num_heads, _ = query.shape
     if num_kept == num_tiles:
         return _everything(torch.Size((batch, num_heads, num_tiles, num_tiles)), query.device)
-    indices = query.new_empty((batch, num_heads, num_tiles, num_kept), dtype=torch.int32)
+    indices = query.new_empty(batch, num_heads, num_tiles, num_kept, dtype=torch.int32)
     num_lists = batch * num_heads
     if _fits_kernel(query, num_tiles):
         _choose_in_kernels(query, key, indices, _steps(num_lists, num_tiles, num_tiles * query.itemsize, _SCRATCH_BYTES), scale)

@@ -138,13 +138,13 @@ class Planner:
         # multiple of 16 bytes, as memory of its own would.
         words = (self._num_mark_words, -(-num_zeros // 4) * 4, self._num_used)
         marks, zeros, used = indices.new_zeros(sum(words)).split_with_sizes(words)
-        rows, masks, meta = indices.new_empty(self._rows), indices.new_empty(self._masks), indices.new_empty(self._meta)
+        rows, masks, meta = indices.new_empty(*self._rows), indices.new_empty(*self._masks), indices.new_empty(*self._meta)
         planned = (own.block_tiles, own.counts, walked.layout.offsets, walked.piece_row, rows, masks, meta, used)
         if self._mark is not None and self._plan_marks is not None:
             marks = marks.view(torch.uint8)
             self._mark(indices, counts, self._offsets, marks)
             # What blocks see, before it becomes boxes and granules: at most the lists of all their tiles.
-            self._plan_marks(marks, indices.new_empty(self._masks), *planned)
+            self._plan_marks(marks, torch.empty_like(masks), *planned)
         if self._plan_lists is not None:
             self._plan_lists(indices, counts, *planned)
         return Plan(rows, masks, meta, zeros if num_zeros else None)

@@ -70,8 +70,8 @@ def in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None
 
 def pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
     """Keys with the sign of the scale, and values, of some heads as packed rows."""
-    shape = (heads * packed.max_rows, key.shape[3])
-    first, second = key.new_empty(shape), key.new_empty(shape)
+    first = key.new_empty(heads * packed.max_rows, key.shape[3])
+    second = torch.empty_like(first)
     kind = (key.shape, key.stride(), value.stride(), first_head, heads, (scale > 0) - (scale < 0))
     pack = packed.keep(("pack", *kind), lambda: _prepare_packing(packed, *kind))
     pack(key, value, first, second, packed.row_token, packed.counts)
