@@ -70,7 +70,7 @@ def coarse_attention(low: Sequence[Tensor]) -> Tensor:
         low: `[B, N, Hq, D]`, the query times the scale, and twice `[B, N, Hkv, D]`; query head `h` meets key head
             `h // (Hq // Hkv)`.
     """
-    query, key, value = (x.transpose(1, 2) for x in low)
+    query, key, value = low[0].transpose(1, 2), low[1].transpose(1, 2), low[2].transpose(1, 2)
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.device.type != "cpu":
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))

@@ -4,8 +4,8 @@ Work follows real tokens: tiles lie packed in granules of 16 rows, up to four sm
 cores, and keys of partial tiles are loaded granule by granule. Output and gradients are the same bits for the same
 inputs. Where small query tiles share a block, a NaN or infinity in a key tile that one of them lists reaches the others.
 
-The parts: `packing` (rows), `plan` (what each block walks), `queues` (which blocks a consumer of the backward works on),
-`forward_kernel` and its `epilogue`, `dquery_kernel`, `dkdv_kernel`, `launch`.
+The parts: `packing` and `rows` (rows, and what tensor copies read of them), `plan` (what each block walks), `queues` (which
+blocks a consumer of the backward works on), `forward_kernel` and its `epilogue`, `dquery_kernel`, `dkdv_kernel`, `launch`.
 """
 
 from __future__ import annotations
