@@ -18,15 +18,16 @@ from fastvideo.block_sparse import BlockPattern, TileLayout
 from fastvideo.block_sparse.impl import IMPLEMENTATIONS, choose_implementation, hopper
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-INTERPRETED = Path(__file__).with_name("hopper_interpreted.py")
+HERE = Path(__file__).parent
 
 
 @needs_triton
-def test_plans_and_launches_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["hopper_interpreted.py", "hopper_launches_interpreted.py"])
+def test_plans_and_launches_in_the_interpreter(name: str) -> None:
     # The interpreter has to be on before the kernels are defined, hence a process of its own.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(INTERPRETED)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=INTERPRETED.parents[3], check=False)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(HERE / name)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2], check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert re.search(r"[1-9]\d passed", result.stdout), result.stdout[-500:]
 
