@@ -129,6 +129,11 @@ def get_forward_context() -> ForwardContext:
 
     Raises:
         RuntimeError: None is active.
+
+    Example:
+        >>> with set_forward_context(current_timestep=7, attn_metadata=None):
+        ...     get_forward_context().current_timestep
+        7
     """
     context = thread_state.context
     if context is None:
@@ -145,6 +150,12 @@ def checkpoint_context_fn() -> tuple[contextlib.AbstractContextManager[Any], con
     Recomputation runs after the forward context has ended and, on CUDA, on another thread; the second manager brings back
     the context, the backend scope and the mesh of the forward pass, so that it computes the same thing. Lists of tiles that
     the forward pass has chosen are kept and used again: a choice runs once.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> torch_checkpoint(torch.sin, x, use_reentrant=False, context_fn=checkpoint_context_fn).sum().backward()
+        >>> torch.equal(x.grad, torch.cos(x))
+        True
     """
     # The compiler traces torch's checkpointing: the forward context is already folded into the graph, and torch wants two
     # dispatch modes. `torch.compiler.is_compiling()` is false here in torch 2.11.

@@ -41,7 +41,17 @@ BackendWish = str | AttentionBackendEnum | type[AttentionBackend]
 
 
 class BackendUnavailable(RuntimeError):
-    """No allowed backend can run the request. `decision` holds the request and every reason."""
+    """No allowed backend can run the request. `decision` holds the request and every reason.
+
+    Example:
+        >>> from fastvideo.attention import attention
+        >>> q = torch.randn(1, 4, 2, 8)
+        >>> try:
+        ...     attention(q, q, q, dropout_p=0.5, backend="SLIDING_TILE_ATTN")
+        ... except BackendUnavailable as error:
+        ...     print(error.decision.trace[0].reasons[0])
+        dropout (dropout_p=0.5) is not supported (its forward takes no `dropout_p`)
+    """
 
     def __init__(self, decision: Decision) -> None:
         super().__init__(str(decision))

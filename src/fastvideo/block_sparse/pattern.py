@@ -267,6 +267,13 @@ class BlockPattern:
             TypeError: For indices or counts that are not of an integer type.
             ValueError: For a list that does not ascend, leaves `[0, Nk)`, or a count outside `[0, K]`; for a layout whose
                 own `validate` refuses it.
+
+        Example:
+            >>> layout = TileLayout.uniform(12, 4)
+            >>> lists = torch.tensor([[0, 2], [1, 2], [0, 0]])
+            >>> pattern = BlockPattern.from_indices(lists, layout, layout, counts=torch.tensor([2, 2, 0]))
+            >>> pattern.tile_mask()[0, 0].int().tolist()
+            [[1, 0, 1], [0, 1, 1], [0, 0, 0]]
         """
         _check_tensors(indices=indices, counts=counts)
         if indices.ndim == 2:
@@ -314,7 +321,15 @@ class BlockPattern:
         return tiles[:, :, self.query_tiles.tile_of_token()][..., self.key_tiles.tile_of_token()]
 
     def invert(self) -> InvertedLists:
-        """For each key tile the query tiles that see it, ascending: the order is fixed, and no host waits."""
+        """For each key tile the query tiles that see it, ascending: the order is fixed, and no host waits.
+
+        Example:
+            >>> layout = TileLayout.uniform(8, 4)
+            >>> mask = torch.tensor([[True, False], [True, True]])
+            >>> inverted = BlockPattern.from_mask(mask, layout, layout).invert()
+            >>> inverted.offsets.tolist(), inverted.query_tiles[0, 0, :3].tolist()
+            ([[[0, 2, 3]]], [0, 1, 1])
+        """
         width, num_key_tiles = self.indices.shape[-1], self.key_tiles.num_tiles
         key = torch.where(self.is_listed(), self.indices, num_key_tiles).flatten(2)
         key, entry = key.sort(dim=-1, stable=True)

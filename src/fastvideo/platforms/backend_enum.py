@@ -8,7 +8,12 @@ __all__ = ["AttentionBackendEnum"]
 
 
 class AttentionBackendEnum(Enum):
-    """Built-in backends. Wherever a member is accepted its name is too, and so is a registered third party's name."""
+    """Built-in backends. Wherever a member is accepted its name is too, and so is a registered third party's name.
+
+    Example:
+        >>> [str(backend) for backend in AttentionBackendEnum][:2]
+        ['TORCH_SDPA', 'FLASH_ATTN']
+    """
 
     TORCH_SDPA = "TORCH_SDPA"
     FLASH_ATTN = "FLASH_ATTN"
