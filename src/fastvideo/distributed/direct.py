@@ -45,7 +45,8 @@ class _Coming:
 
     Attributes:
         received: The tensors that it completes.
-        done: A mark of when it is complete, and this rank has sent what it sends.
+        done: A mark of when it is complete.
+        sent: A mark of when this rank has sent what it sends.
         sources: What copy engines read meanwhile, which must not be given to others before they have.
         lent: Number of an exchange by sending; 0 where what is received is this rank's for good.
         reader: A stream that waits for it already.
@@ -53,6 +54,7 @@ class _Coming:
 
     received: Sequence[torch.Tensor]
     done: Any
+    sent: Any
     sources: Sequence[torch.Tensor]
     lent: int = 0
     reader: Any = None
@@ -138,7 +140,7 @@ class DirectExchange:
             done = memory.mark(copies)
             if recipe.fetches:
                 memory.write_read(copies, [peer for peer, _ in recipe.fetches], claim.number)
-            if not self._await(_Coming(received, done, tensors)):
+            if not self._await(_Coming(received, done, done, tensors)):
                 memory.after(current, done)
         return received
 
@@ -169,9 +171,7 @@ class DirectExchange:
             memory.copy(own, recipe.own, bases)
             if recipe.senders:
                 memory.wait_written(own, recipe.senders, claim.number)
-            # What was sent is the caller's again once what comes is here, so that its stream waits once for both.
-            memory.follow((own,), copies)
-            coming = _Coming(received, memory.mark(own), tensors, claim.number)
+            coming = _Coming(received, memory.mark(own), memory.mark(copies), tensors, claim.number)
             self._await(coming)
             self._lent.append(coming)
         return Sent(received, claim.number)
@@ -195,8 +195,8 @@ class DirectExchange:
             current = memory.current()
             while self._lent and self._lent[0].lent <= number:
                 coming = self._lent.popleft()
-                if coming.reader != current:
-                    memory.after(current, coming.done)
+                # What was sent is the caller's again.
+                memory.after(current, coming.sent)
                 for x in coming.received:
                     self._coming.pop(x.data_ptr(), None)
             memory.follow((memory.words,), current)
