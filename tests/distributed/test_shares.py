@@ -294,11 +294,14 @@ def test_groups_hold_all_heads_and_begin_and_end_small(num_heads: int, num_group
         (75_600, 2, True, True, "direct", 1),
         (75_600, 8, False, True, "direct", 1),
         (32_760, 2, False, True, "direct", 1),
-        (75_600, 4, False, False, "direct", 1),
+        (75_600, 4, False, False, "direct", 3),
+        (75_600, 4, True, False, "direct", 1),
+        (75_600, 2, False, False, "direct", 1),
         (75_600, 4, False, True, "collective", 1),
+        (75_600, 4, False, False, "collective", 1),
     ],
 )
-def test_sparse_attention_hides_its_exchange_where_it_pays(
+def test_an_exchange_is_hidden_where_it_pays(
     num_tokens: int, size: int, needs_grad: bool, is_sparse: bool, kind: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_call, "exchange_kind", lambda _: kind)
@@ -308,6 +311,11 @@ def test_sparse_attention_hides_its_exchange_where_it_pays(
     layout = resolve_layout("ulysses", SequenceGroup("", tuple(range(size)), 0))
     assert num_head_groups(call, layout, None, is_sparse=is_sparse) == expected
     assert num_head_groups(call, layout, 7, is_sparse=is_sparse) == min(7, 40 // size)
+    if not is_sparse:
+        mesh = layout._replace(ring=SequenceGroup("", (0, 1), 0))
+        assert num_head_groups(call, mesh, None, is_sparse=False) == 1, "keys travel along the ring too"
+        gather = layout._replace(ring=layout.ulysses, ulysses=LOCAL, gathers=True)
+        assert num_head_groups(call, gather, None, is_sparse=False) == 1
 
 
 def test_what_a_backend_returns_of_lent_memory_is_copied() -> None:

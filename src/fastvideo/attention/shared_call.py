@@ -253,9 +253,10 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
 def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_sparse: bool) -> int:
     """Return into how many groups heads are cut on their way: at most `wanted`, where heads divide by the devices.
 
-    `None` wants three where they hide something: by copy engines, in sparse attention of much work; with a gradient, whose
-    backward pass has thrice the work to hide an exchange behind, only between more than two devices. Dense attention takes so
-    long that its exchange hardly counts, and NCCL's kernels take multiprocessors from attention.
+    `None` wants three where they hide something: by copy engines, in attention of much work. With a gradient, whose backward
+    pass has thrice the work to hide an exchange behind, only in sparse attention between more than two devices. Dense
+    attention takes so long that its exchange counts between more than two devices alone, where heads are swapped for tokens
+    and nothing else travels. NCCL's kernels take multiprocessors from attention.
     """
     if sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
         return 1
@@ -263,6 +264,7 @@ def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_
     if wanted is None:
         batch, _, num_heads, head_size = call.query.shape
         work = batch * sum(call.lengths) * num_heads // layout.ulysses.size * head_size
-        counts = is_sparse and (not call.needs_grad or layout.ulysses.size > 2)
+        are_many, has_grad = layout.ulysses.size > 2, call.needs_grad
+        counts = are_many or not has_grad if is_sparse else are_many and not has_grad and layout.ring.size == 1
         wanted = 3 if counts and exchange_kind(call.query.device) == "direct" and work >= _WORK_WORTH_GROUPS else 1
     return 1 if rest else max(1, min(wanted, own_heads))
