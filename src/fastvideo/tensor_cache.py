@@ -17,6 +17,8 @@ R = TypeVar("R")
 def cache_tensors(build: Callable[P, R], maxsize: int = 16) -> Callable[P, R]:
     """Return `build` behind an LRU cache, whose tensors serve training too when they are first made in inference mode.
 
+    Under a `FakeTensorMode` nothing is taken or kept: its tensors serve that mode alone.
+
     Example:
         >>> ones = cache_tensors(torch.ones)
         >>> with torch.inference_mode():
@@ -28,4 +30,15 @@ def cache_tensors(build: Callable[P, R], maxsize: int = 16) -> Callable[P, R]:
         with torch.inference_mode(False), torch.no_grad():
             return build(*args, **kwargs)
 
-    return functools.lru_cache(maxsize=maxsize)(build_for_all)  # type: ignore[return-value]  # it is called alike
+    kept = functools.lru_cache(maxsize=maxsize)(build_for_all)
+
+    @functools.wraps(build)
+    def take_or_build(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (build_for_all if _is_fake() else kept)(*args, **kwargs)  # type: ignore[arg-type]  # hashable, or they raise
+
+    return take_or_build
+
+
+def _is_fake() -> bool:
+    """Whether tensors that are made here and now hold no numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
