@@ -120,8 +120,12 @@ def test_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, pattern = make_inputs("edges", torch.bfloat16), make_pattern("edges")
     expected = gradients(inputs, pattern)
     monkeypatch.setattr(launch, "_SCRATCH_BYTES", 1)
-    for one, other in zip(gradients(inputs, pattern), expected, strict=True):
+    found = gradients(inputs, pattern)
+    for one, other in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(one, other)
+    # Where a walk for dkey and dvalue stands in its queue, and so its direction, depends on the heads of a launch.
+    for one, other in zip(found[3:], expected[3:], strict=True):
+        torch.testing.assert_close(one, other, atol=0.01 * float(other.abs().max()), rtol=0.01)
 
 
 @pytest.mark.parametrize("shape", ["even_64", "edges", "up_to_128", "many"])
@@ -146,16 +150,19 @@ def test_uneven_walks_by_key() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("num_programs", [7, 132])
-def test_walking_in_step(num_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = "many"
-    layout = make_pattern(shape).query_tiles
-    lists = torch.rand(1, 3, 150, 150).topk(15).indices.sort(-1).values.to("cuda", torch.int32)
-    pattern, inputs = BlockPattern(layout, layout, lists), make_inputs(shape, torch.bfloat16)
-    expected = gradients(inputs, pattern)
+@pytest.mark.parametrize("num_programs", [1, 7, 132])
+@pytest.mark.parametrize("least_shared", [0.0, 2.0], ids=["sharing", "alone"])
+def test_walking_in_step(least_shared: float, num_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other wave of dquery walks backwards: shared steps, other steps without masks, and not the last, odd box."""
     monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0)
     monkeypatch.setattr(launch, "_num_programs", lambda device: num_programs)
-    for one, other in zip(gradients(inputs, pattern), expected, strict=True):
+    monkeypatch.setattr(plan, "_LEAST_SHARED", least_shared)
+    layout = make_pattern("many").query_tiles
+    lists = torch.rand(1, 3, 150, 150).topk(45).indices.sort(-1).values.to("cuda", torch.int32)
+    pattern, inputs = BlockPattern(layout, layout, lists), make_inputs("many", torch.bfloat16)
+    check(inputs, pattern)
+    first = gradients(inputs, pattern)
+    for one, other in zip(gradients(inputs, pattern), first, strict=True):
         assert torch.equal(one, other)
 
 

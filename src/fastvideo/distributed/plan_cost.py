@@ -52,9 +52,9 @@ class DeviceModel:
     memory: float = 141e9
     launch: float = 10e-6
     dense_host: float = 0.1e-3
-    sparse_host: float = 1.1e-3
-    share_host: float = 0.7e-3
-    exchange_host: float = 0.03e-3
+    sparse_host: float = 0.6e-3
+    share_host: float = 0.3e-3
+    exchange_host: float = 0.025e-3
     peer_host: float = 0.02e-3
 
     def rate(self, call: Call, backward: bool) -> float:
@@ -318,7 +318,10 @@ def _merging(call: Call, part: _Shares, ring: int, backward: bool, device: Devic
     elements = call.batch * part.rows * part.heads * call.head_size
     if backward:
         elements += 2 * call.batch * part.keys * part.kv_heads * call.head_size
-    traffic = ring * elements * (call.element_size + 8)
+        traffic = ring * elements * (call.element_size + 8)
+    else:
+        # Each part is read once and the result written once; in between float32 is written and read.
+        traffic = elements * ((ring + 1) * call.element_size + (ring - 2) * 8)
     return traffic / device.memory_bandwidth + (ring - 1) * device.launch
 
 

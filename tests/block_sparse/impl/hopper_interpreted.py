@@ -6,12 +6,13 @@ import itertools
 import pickle
 import types
 from dataclasses import replace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
 
 from fastvideo.block_sparse import BlockPattern, TileLayout, video_geometry
-from fastvideo.block_sparse.impl.hopper import packing, plan, queues
+from fastvideo.block_sparse.impl.hopper import dquery_kernel, packing, plan, queues
 from fastvideo.video import TileGrid
 
 from . import hopper_rings
@@ -59,7 +60,16 @@ def partners(block: int, counts: torch.Tensor) -> tuple[int, ...]:
     return tuple(range(i, min(i + 2, end)))
 
 
-def walk(walks: plan.Plan, head: int, block: int, counts: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+# The kernels' own rule, for numbers.
+place_in_turn = FunctionType(
+    dquery_kernel.place_in_turn.fn.__code__,
+    {"gl": SimpleNamespace(where=lambda is_so, one, other: one if is_so else other)},
+)
+
+
+def walk(
+    walks: plan.Plan, head: int, block: int, counts: torch.Tensor, is_back: bool = False
+) -> list[tuple[int, torch.Tensor]]:
     """Half steps of one block: the 64 packed rows that are loaded, and the mask as bytes (-1 where there is none)."""
     g = head if walks.rows.shape[0] > 1 else 0
     o_rows, o_masks, clean, boxes, steps, halves, shared, in_rows = walks.meta[g, block].tolist()
@@ -71,9 +81,12 @@ def walk(walks: plan.Plan, head: int, block: int, counts: torch.Tensor) -> list[
     found = []
     for half in range(halves):
         if half < 2 * shared:
-            rows = walks.rows[g, int(walks.meta[g, pair[half // 2 % 2], 0]) + half // 4 * 2 + half % 2] + torch.arange(64)
+            ring = walks.meta[g, pair[half // 2 % 2]].tolist()
+            place = place_in_turn(half // 4 * 2 + half % 2, shared, 2 * ring[2] - shared, is_back)
+            rows = walks.rows[g, ring[0] + place] + torch.arange(64)
         elif half < 2 * boxes:
-            rows = walks.rows[g, o_rows + half - shared] + torch.arange(64)
+            place = place_in_turn(half - shared, shared, 2 * clean - shared, is_back)
+            rows = walks.rows[g, o_rows + place] + torch.arange(64)
         else:
             first = o_rows + 2 * boxes - shared + 4 * (half - 2 * boxes)
             rows = (walks.rows[g, first : first + 4, None] + torch.arange(16)).flatten()

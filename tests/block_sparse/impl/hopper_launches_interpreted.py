@@ -20,6 +20,9 @@ from fastvideo.testing import assert_op_within_budget, reference_attention
 
 from .hopper_interpreted import SHAPES, make_pattern, seen_by_rows, walk
 
+# Query tile sizes, key tile sizes, batch, heads.
+Sizes = tuple[list[int], list[int], int, int]
+
 
 class Walked:
     """One kernel's arguments, read as the kernel reads them; `own` and `walked` name what the pointers lead to."""
@@ -29,16 +32,15 @@ class Walked:
         rows = arguments["row_token"]
         self.token = torch.arange(arguments["meta"].shape[1] * 64) if rows is None else rows
 
-    def rows_of(self, boxes: str, granules: str, base: int, column: int, g: int, block: int, box_tokens: int):
-        """Loaded rows of a walk `[L, D]`, their places, and what the block sees of them `[64, L]`."""
+    def rows_of(self, boxes: str, granules: str, base: int, column: int, g: int, block: int, box_tokens: int, is_back: bool):
+        """Loaded rows of a walk `[L, D]` in their order, their places, and what the block sees of them `[64, L]`."""
         a, head_size = self.a, self.a["D"]
         s_plan = a["s_plan"]
         assert s_plan in (0, a["meta"].shape[1])
         walks = plan.Plan(a["rows"], a["masks"], a["meta"])
         places, seen = [torch.zeros(0, dtype=torch.long)], [torch.zeros(64, 0, dtype=torch.bool)]
-        for rows, mask in walk(
-            walks, g if s_plan else 0, block, a["counts"] if "counts" in a else torch.tensor([0, a["max_blocks"]])
-        ):
+        counts = a["counts"] if "counts" in a else torch.tensor([0, a["max_blocks"]])
+        for rows, mask in walk(walks, g if s_plan else 0, block, counts, is_back):
             places.append(rows.long())
             seen.append(seen_by_rows(mask, box_tokens))
         place = torch.cat(places)
@@ -48,25 +50,34 @@ class Walked:
         return a[boxes].base[base + place, column : column + head_size].float(), place, torch.cat(seen, 1)
 
     def places(self):
-        """Head and block of each item of work."""
+        """Head and block of each item of work, and whether it walks backwards."""
         a = self.a
         if "queues" not in a:
-            return [(i_head, block) for i_head in range(a["num_heads"]) for block in range(int(a["counts"][1]))]
+            places = [(i_head, block) for i_head in range(a["num_heads"]) for block in range(int(a["counts"][1]))]
+            return [(*place, self.wave_of(*place) % 2 == 1 and a["is_turning"]) for place in places]
         num_queues, flat = len(a["ends"]), a["queues"].flatten().tolist()
-        return [divmod(flat[i], a["max_blocks"]) for c, end in enumerate(a["ends"].tolist()) for i in range(c, end, num_queues)]
+        items = [i for c, end in enumerate(a["ends"].tolist()) for i in range(c, end, num_queues)]
+        return [(*divmod(flat[i], a["max_blocks"]), i // num_queues % 2 == 1) for i in items]
+
+    def wave_of(self, i_head: int, block: int) -> int:
+        """Which of its pairs a program works on there: blocks of several tiles come first, those of all heads."""
+        joint, end = self.a["counts"].tolist()
+        joint_pairs, alone_pairs = -(-joint // 2), -(-(end - joint) // 2)
+        alone = self.a["num_heads"] * joint_pairs + i_head * alone_pairs + (block - joint) // 2
+        return (i_head * joint_pairs + block // 2 if block < joint else alone) // self.a["programs"]
 
     def work(self):
-        for i_head, block in self.places():
+        for i_head, block, is_back in self.places():
             i_b, i_h = divmod(self.a["first_head"] + i_head, self.a["HEADS"])
             token = self.token[block * 64 : block * 64 + 64].long()
-            yield i_head, i_b, i_h, block, token, token >= 0
+            yield i_head, i_b, i_h, block, is_back, token, token >= 0
 
-    def keys(self, i_head: int, i_b: int, i_h: int, block: int):
+    def keys(self, i_head: int, i_b: int, i_h: int, block: int, is_back: bool):
         a = self.a
         base = i_b * a["s_row_b"] + i_head // a["GROUP"] * a["s_row_h"]
         column = i_h // a["GROUP"] * a["s_column_h"]
-        k, _, seen = self.rows_of("key_boxes", "key_granules", base, column, i_head, block, a["BOX_TOKENS"])
-        v, _, _ = self.rows_of("value_boxes", "value_granules", base, column, i_head, block, a["BOX_TOKENS"])
+        k, _, seen = self.rows_of("key_boxes", "key_granules", base, column, i_head, block, a["BOX_TOKENS"], is_back)
+        v, _, _ = self.rows_of("value_boxes", "value_granules", base, column, i_head, block, a["BOX_TOKENS"], is_back)
         return k, v, seen
 
 
@@ -75,9 +86,9 @@ def own_rows(x: torch.Tensor, i_b: int, i_h: int, token: torch.Tensor) -> torch.
 
 
 def forward_in_torch(**a: Any) -> None:
-    walked = Walked(a)
-    for i_head, i_b, i_h, block, token, real in walked.work():
-        k, v, seen = walked.keys(i_head, i_b, i_h, block)
+    walked = Walked(a | {"is_turning": False})
+    for i_head, i_b, i_h, block, is_back, token, real in walked.work():
+        k, v, seen = walked.keys(i_head, i_b, i_h, block, is_back)
         scores = (own_rows(a["query"], i_b, i_h, token) @ k.T * a["scale_log2"]).masked_fill(~seen, -torch.inf)
         lse = torch.logsumexp(scores * 0.6931471805599453, -1) if scores.shape[1] else torch.full((64,), -torch.inf)
         weights = (scores * 0.6931471805599453 - lse[:, None]).exp().nan_to_num(0.0)
@@ -97,9 +108,9 @@ def forward_in_torch(**a: Any) -> None:
 
 
 def dq_in_torch(**a: Any) -> None:
-    walked = Walked(a)
-    for i_head, i_b, i_h, block, token, real in walked.work():
-        k, v, seen = walked.keys(i_head, i_b, i_h, block)
+    walked = Walked(a | {"is_turning": a["IN_STEP"] > 0})
+    for i_head, i_b, i_h, block, is_back, token, real in walked.work():
+        k, v, seen = walked.keys(i_head, i_b, i_h, block, is_back)
         first = (i_head * a["max_blocks"] + block) * 64
         lse, delta = a["stats"][first : first + 64].float().unbind(1)
         p = torch.exp2(own_rows(a["query"], i_b, i_h, token) @ k.T * a["scale_log2"] - lse[:, None])
@@ -111,12 +122,12 @@ def dq_in_torch(**a: Any) -> None:
 def dkdv_in_torch(**a: Any) -> None:
     walked, group = Walked(a), a["GROUP"]
     # A queue that leaves a block out leaves this.
-    for head in {i_head for i_head, _ in walked.places()}:
+    for head in {i_head for i_head, *_ in walked.places()}:
         i_b, i_h = divmod(a["first_head"] + head, a["HEADS"])
         a["dkey"][i_b, :, i_h] = a["dvalue"][i_b, :, i_h] = torch.nan
     stats = a["stats_boxes"].base
     assert (a["stats_boxes"].block_shape, a["stats_granules"].block_shape) == ([128], [32])
-    for i_head, i_b, i_h, block, token, real in walked.work():
+    for i_head, i_b, i_h, block, is_back, token, real in walked.work():
         own = i_b * a["s_krow_b"] + i_head * a["s_krow_h"] + block * 64
         column = i_h * a["s_kcolumn_h"]
         k, v = (a[name].base[own : own + 64, column : column + a["D"]].float() for name in ("key_boxes", "value_boxes"))
@@ -124,8 +135,8 @@ def dkdv_in_torch(**a: Any) -> None:
         for g in range(i_head * group, (i_head + 1) * group):
             base = i_b * a["s_row_b"] + g * a["s_row_h"]
             column = (i_h * group + g - i_head * group) * a["s_column_h"]
-            q, place, seen = walked.rows_of("query_boxes", "query_granules", base, column, g, block, 64)
-            do, _, _ = walked.rows_of("dout_boxes", "dout_granules", base, column, g, block, 64)
+            q, place, seen = walked.rows_of("query_boxes", "query_granules", base, column, g, block, 64, is_back)
+            do, _, _ = walked.rows_of("dout_boxes", "dout_granules", base, column, g, block, 64, is_back)
             at = (g * a["max_rows"] + place) * 2
             p = torch.where(seen, torch.exp2(k @ q.T * a["scale_log2"] - stats[at]), 0.0)
             dv += p @ do
@@ -147,7 +158,7 @@ class InTorch:
             assert arguments.pop("num_warps") == 4
             assert set(arguments) == set(self.kernel.arg_names)
             assert "ends" not in arguments or len(arguments["ends"]) == 2 * grid[0]
-            self.function(**arguments)
+            self.function(**arguments, programs=grid[0])
 
         return run
 
@@ -256,11 +267,14 @@ class Attention(torch.autograd.Function):
     ],
 )
 def test_launches_feed_the_kernels(shape: str, ordered: bool, kv_heads: int, scale: float) -> None:
-    query_sizes, key_sizes, batch, heads = SHAPES[shape]
+    check_launches(SHAPES[shape], make_pattern(shape, ordered=ordered), kv_heads, scale)
+
+
+def check_launches(sizes: Sizes, pattern: BlockPattern, kv_heads: int, scale: float) -> None:
+    query_sizes, key_sizes, batch, heads = sizes
     generator = torch.Generator().manual_seed(0)
-    sizes = {"query": (sum(query_sizes), heads), "key": (sum(key_sizes), kv_heads), "value": (sum(key_sizes), kv_heads)}
-    inputs = {name: torch.randn(batch, *size, 64, generator=generator).half() for name, size in sizes.items()}
-    pattern = make_pattern(shape, ordered=ordered)
+    rows = {"query": (sum(query_sizes), heads), "key": (sum(key_sizes), kv_heads), "value": (sum(key_sizes), kv_heads)}
+    inputs = {name: torch.randn(batch, *size, 64, generator=generator).half() for name, size in rows.items()}
     assert_op_within_budget(
         lambda query, key, value: Attention.apply(query, key, value, pattern, scale),
         lambda query, key, value: reference_attention(
@@ -268,3 +282,29 @@ def test_launches_feed_the_kernels(shape: str, ordered: bool, kv_heads: int, sca
         ),
         inputs,
     )
+
+
+TURNING: dict[str, Sizes] = {
+    "neighbours": ([64] * 5, [64] * 17, 1, 2),
+    "two_blocks": ([128] * 3, [128] * 9, 1, 2),
+    "partial": ([64, 16, 64, 64, 30], [64] * 11 + [20, 7, 48], 1, 1),
+    "small": SHAPES["edges"],
+    "uneven": SHAPES["large_and_small"],
+}
+
+
+@pytest.mark.usefixtures("kernels_in_torch")
+@pytest.mark.parametrize("case", TURNING)
+def test_gradients_of_walks_that_turn(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other wave of dquery, and walk of a queue of dkey and dvalue, goes backwards; masks stay where they are."""
+    monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0)
+    monkeypatch.setattr(launch, "_num_programs", lambda device: 1)
+    monkeypatch.setattr(plan, "_LEAST_SHARED", 0.0)
+    turned = []
+    monkeypatch.setattr(Walked, "places", lambda self, places=Walked.places: turned.extend(found := places(self)) or found)
+    query_sizes, key_sizes, *extent = TURNING[case]
+    generator = torch.Generator().manual_seed(1)
+    lists = torch.rand(*extent, len(query_sizes), len(key_sizes), generator=generator).argsort(-1)[..., : len(key_sizes) - 2]
+    layouts = [TileLayout.from_sizes(sizes, order=torch.randperm(sum(sizes))) for sizes in (query_sizes, key_sizes)]
+    check_launches(TURNING[case], BlockPattern(*layouts, lists.sort(-1).values.int()), 1, 0.3)
+    assert 0 < sum(is_back for *_, is_back in turned) < len(turned)

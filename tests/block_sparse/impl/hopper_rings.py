@@ -154,7 +154,7 @@ def forward_consumer(
 
 
 def dq_consumer(pairs: list[Pair], wg: int, ring: Rings, started: Barrier, found: list[list[Entry | None]]) -> Waiting:
-    """Half steps, one after the other."""
+    """The next half step is awaited before the last is let go."""
     bases = [0, 0]
     num_met = 0
     for pair in pairs:
@@ -166,10 +166,12 @@ def dq_consumer(pairs: list[Pair], wg: int, ring: Rings, started: Barrier, found
             if pair.shared:
                 yield started.is_past(num_met & 1)
                 num_met += 1
+            if walk.steps:
+                yield from ring.wait(*place_of(0, pair.shared, bases, wg, 2))
             for i in range(walk.steps):
-                here = place_of(i, pair.shared, bases, wg, 2)
-                yield from ring.wait(*here)
-                seen.append(ring.read(*here))
+                if i + 1 < walk.steps:
+                    yield from ring.wait(*place_of(i + 1, pair.shared, bases, wg, 2))
+                seen.append(ring.read(*place_of(i, pair.shared, bases, wg, 2)))
             found.append(seen)
         bases = _bases_after(bases, pair)
 

@@ -7,7 +7,8 @@
   next half step behind dkey's, so that a warpgroup that waits has work under way.
 - Keys and values of a block are sent after the first stages of the ring, which are free before the block before it is
   written; in the other order every block exposes the latency of both.
-- Each warpgroup works off a queue of blocks (`queues`), since walks of keys differ by how popular a tile is.
+- Each warpgroup works off a queue of blocks (`queues`), since walks of keys differ by how popular a tile is; every other
+  walk of a queue goes backwards, over what the one before has left in the L2 cache.
 
 Pads of queries have a log-sum-exp of +inf.
 """
@@ -19,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from fastvideo.block_sparse.impl.hopper.dquery_kernel import masked
+from fastvideo.block_sparse.impl.hopper.dquery_kernel import masked, place_in_turn
 from fastvideo.block_sparse.impl.hopper.gluon_names import tma_load
 
 
@@ -63,10 +64,12 @@ def _dkdv_producer(
             box_halves = gl.load(p_meta + 3) * 2
             num_halves = gl.load(p_meta + 5)
             p_rows = rows + gl.where(s_plan > 0, i_query_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
-            next_box = gl.load(p_rows)
+            is_back = i_item // (gl.num_programs(0) * 2) % 2 == 1
+            num_clean = gl.load(p_meta + 2) * 2
+            next_box = gl.load(p_rows + place_in_turn(0, 0, num_clean, is_back))
             for i_half in range(num_halves):
                 i_box = next_box
-                next_box = gl.load(p_rows + i_half + 1)
+                next_box = gl.load(p_rows + place_in_turn(i_half + 1, 0, num_clean, is_back))
                 i_stage = WG * STAGES + num_done % STAGES
                 bar = full.index(i_stage)
                 mbarrier.wait(empty.index(i_stage), ((num_done // STAGES) & 1) ^ 1)

@@ -7,7 +7,10 @@ but nothing is added into memory, so the same inputs give the same bits, and tha
 run at 1.6 TB/s, which alone costs more than the two products.
 
 Queries, the output's gradient and dquery stay in registers (for small heads only the last); the ring holds keys and values.
-Pairs of blocks share steps as in the forward. Pads of keys are masked, since `exp2(0 - lse)` may be infinite.
+The products of the next half step are sent behind the last of the one before, so that a warpgroup that makes score gradients
+has work under way, and the product with the output's gradient begins with minus delta. Pairs of blocks share steps and
+programs keep in step as in the forward; if they do, every other wave walks backwards, over what the wave before has left in
+the L2 cache. Pads of keys are masked, since `exp2(0 - lse)` may be infinite.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -34,6 +37,16 @@ def masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS: gl.
     elif BOX_TOKENS < 64:
         b_p = gl.where(gl.expand_dims(o_column < BOX_TOKENS, 0), b_p, 0.0)
     return b_p
+
+
+@gluon.jit
+def place_in_turn(i_half, num_shared, num_clean, is_back):
+    """Where a half step of a ring stands in its plan: `is_back` turns the shared ones round, and then the others without masks.
+
+    Which of those comes first is all the same to who reads them.
+    """
+    back = gl.where(i_half < num_shared, num_shared, num_shared + num_clean) - 1 - i_half
+    return gl.where(is_back & (i_half < num_clean), back, i_half)
 
 
 @gluon.jit
@@ -65,10 +78,12 @@ def _dq_producer(
             box_halves = gl.load(p_meta + 3) * 2 - num_shared
             num_halves = gl.load(p_meta + 5) - num_shared
             p_rows = rows + gl.where(s_plan > 0, i_head, 0).to(gl.int64) * s_rows + gl.load(p_meta)
-            next_box = gl.load(p_rows)
+            is_back = (i_pair // gl.num_programs(0) % 2 == 1) & (IN_STEP > 0)
+            num_clean = gl.load(p_meta + 2) * 2 - num_shared
+            next_box = gl.load(p_rows + place_in_turn(0, num_shared, num_clean, is_back))
             for i_half in range(num_halves):
                 i_box = next_box
-                next_box = gl.load(p_rows + i_half + 1)
+                next_box = gl.load(p_rows + place_in_turn(i_half + 1, num_shared, num_clean, is_back))
                 i_stage = WG * STAGES + num_done % STAGES
                 bar = full.index(i_stage)
                 mbarrier.wait(empty.index(i_stage), ((num_done // STAGES) & 1) ^ 1)
@@ -145,7 +160,7 @@ def _dq_consumer(
             o_token = gl.expand_dims(o_token.to(gl.int64), 1)
             p_stats = stats + ((i_head.to(gl.int64) * max_blocks + i_block) * 64 + o_score_row) * 2
             b_lse = gl.load(p_stats)
-            b_delta = gl.load(p_stats + 1)
+            b_less_delta = gl.expand_dims(-gl.load(p_stats + 1), 1)
             staging.store(gl.load(query + i_b * s_qb + i_h * s_qh + o_token * s_qs + o_d, mask=m_row, other=0.0))
             if D == 128:
                 b_q = staging.load(q_operand)
@@ -161,23 +176,38 @@ def _dq_consumer(
             b_dq = gl.zeros([64, D], gl.float32, result)
             # The partner's ring must have come to this pair: phases of a barrier tell one use from the next alone.
             mbarrier.wait(started, num_met & 1, pred=num_shared > 0)
-            for i_half in range(num_halves):
-                ring, i_use = _place(i_half, num_shared, uses_0, uses_1, WG)
+            if num_halves > 0:
+                ring, i_use = _place(0, num_shared, uses_0, uses_1, WG)
                 i_stage = ring * STAGES + i_use % STAGES
                 word = 0
-                if i_half >= clean_halves:
-                    word = gl.load(p_masks + i_half)
+                if clean_halves == 0:
+                    word = gl.load(p_masks)
                 mbarrier.wait(full.index(i_stage), (i_use // STAGES) & 1)
                 b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
-                b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none + b_less_delta, is_async=True)
                 b_s = warpgroup_mma_wait(1, deps=(b_st,))
                 b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
-                b_p = masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
+                b_p = masked(b_p, 0, clean_halves, word, o_granule, o_column, BOX_TOKENS)
                 b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
-                b_ds = gl.convert_layout((b_p * (b_dp - gl.expand_dims(b_delta, 1))).to(dtype), ds_operand)
-                b_dqt = warpgroup_mma(b_ds, k_s.index(i_stage), b_dq, is_async=True)
-                b_dq = warpgroup_mma_wait(0, deps=(b_dqt,))
-                mbarrier.arrive(empty.index(i_stage))
+                # A turn ends one half step and begins the next; behind the last comes some stage or other, which nobody reads.
+                for i_half in range(1, num_halves + 1):
+                    b_ds = gl.convert_layout((b_p * b_dp).to(dtype), ds_operand)
+                    i_last = i_stage
+                    b_dqt = warpgroup_mma(b_ds, k_s.index(i_last), b_dq, is_async=True)
+                    ring, i_use = _place(i_half, num_shared, uses_0, uses_1, WG)
+                    i_stage = ring * STAGES + i_use % STAGES
+                    word = 0
+                    if (i_half >= clean_halves) & (i_half < num_halves):
+                        word = gl.load(p_masks + i_half)
+                    mbarrier.wait(full.index(i_stage), (i_use // STAGES) & 1, pred=i_half < num_halves)
+                    b_st = warpgroup_mma(b_q, k_s.index(i_stage).permute((1, 0)), b_none, use_acc=False, is_async=True)
+                    b_dpt = warpgroup_mma(b_dout, v_s.index(i_stage).permute((1, 0)), b_none + b_less_delta, is_async=True)
+                    b_dq = warpgroup_mma_wait(2, deps=(b_dqt,))
+                    mbarrier.arrive(empty.index(i_last))
+                    b_s = warpgroup_mma_wait(1, deps=(b_st,))
+                    b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 1))
+                    b_p = masked(b_p, i_half, clean_halves, word, o_granule, o_column, BOX_TOKENS)
+                    b_dp = warpgroup_mma_wait(0, deps=(b_dpt,))
             staging.store((b_dq * scale).to(dtype))
             p_dq = dquery + (i_b * NUM_QUERIES * HEADS + i_h) * D
             gl.store(p_dq + o_token * (HEADS * D) + o_d, staging.load(memory), mask=m_row)
