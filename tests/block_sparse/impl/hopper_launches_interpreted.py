@@ -308,3 +308,22 @@ def test_gradients_of_walks_that_turn(case: str, monkeypatch: pytest.MonkeyPatch
     layouts = [TileLayout.from_sizes(sizes, order=torch.randperm(sum(sizes))) for sizes in (query_sizes, key_sizes)]
     check_launches(TURNING[case], BlockPattern(*layouts, lists.sort(-1).values.int()), 1, 0.3)
     assert 0 < sum(is_back for *_, is_back in turned) < len(turned)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_large", "waves"),
+    [([64] * 3, False, 1), ([64, 64, 16], False, 4), ([64, 64, 16], True, 1), ([16] * 4, False, 4)],
+)
+def test_waves_that_wait(sizes: list[int], is_large: bool, waves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wave where that costs nothing or a head is too large for the cache; lists of different lengths never."""
+    layout = TileLayout.from_sizes(sizes)
+    lists = torch.zeros(1, 1, len(sizes), 1, dtype=torch.int32)
+    key = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    packed = packing.pack_layout(layout)
+    monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0)
+    monkeypatch.setattr(launch, "_EACH_WAVE_BYTES", 0 if is_large else 512 * packed.max_rows)
+    for counts, expected in (
+        (None, (3, {"IN_STEP": launch._LOOKS, "WAVES": waves})),
+        (lists[..., 0], (0, {"IN_STEP": 0, "WAVES": 1})),
+    ):
+        assert launch._steps(4, 11, key, BlockPattern(layout, layout, lists, counts), (packed, packed)) == expected

@@ -33,7 +33,8 @@ _IN_STEP_BYTES = 32 << 20
 # for all of them where another kernel holds multiprocessors.
 _LOOKS = 300
 # Of so many waves programs in step wait for each other once: walks differ by a few per cent, and each wait is for the longest.
-# In each wave if a head is larger than this: a million tokens took 383 ms otherwise, 321 when all waves waited.
+# In each wave if walks are of one length, or if a head is larger than this: a million tokens took 383 ms otherwise, 321 when
+# all waves waited.
 _WAVES = 4
 _EACH_WAVE_BYTES = 64 << 20
 
@@ -97,11 +98,15 @@ def _head_groups(num_heads: int, head_bytes: int) -> Iterator[tuple[int, int]]:
         yield first, min(step, num_heads - first)
 
 
+def _are_walks_alike(own: PackedLayout, walked: PackedLayout) -> bool:
+    """Whether lists of one length make walks of one length: a block holds one tile, and the tiles that it walks are equal."""
+    return own.is_one_piece_a_block and walked.is_even
+
+
 def _plan_bytes(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout) -> int:
     """About what the plan of one query head takes, marks included."""
     listed = pattern.indices.shape[2:].numel() * walked.pieces
-    is_simple = own.is_one_piece_a_block and walked.is_even
-    return listed * 4 if is_simple else listed * 20 + own.layout.num_tiles * walked.layout.num_tiles
+    return listed * 4 if _are_walks_alike(own, walked) else listed * 20 + own.layout.num_tiles * walked.layout.num_tiles
 
 
 def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
@@ -118,13 +123,16 @@ def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
     }
 
 
-def _steps(programs: int, pairs: int, key: Tensor, pattern: BlockPattern, packed: PackedLayout) -> tuple[int, dict[str, int]]:
+def _steps(
+    programs: int, pairs: int, key: Tensor, pattern: BlockPattern, layouts: tuple[PackedLayout, PackedLayout]
+) -> tuple[int, dict[str, int]]:
     """How many waves programs that walk in step count, each in a zero, and how often they look for each other."""
-    head_bytes = 2 * packed.max_rows * key.shape[3] * key.itemsize
+    head_bytes = 2 * layouts[1].max_rows * key.shape[3] * key.itemsize
     # Lists of different lengths would make everybody wait for the longest.
     if head_bytes <= _IN_STEP_BYTES or pattern.counts is not None:
         return 0, {"IN_STEP": 0, "WAVES": 1}
-    return -(-pairs // programs), {"IN_STEP": _LOOKS, "WAVES": 1 if head_bytes > _EACH_WAVE_BYTES else _WAVES}
+    is_each = head_bytes > _EACH_WAVE_BYTES or _are_walks_alike(*layouts)
+    return -(-pairs // programs), {"IN_STEP": _LOOKS, "WAVES": 1 if is_each else _WAVES}
 
 
 def _arrivals(plan: Plan, own: PackedLayout) -> Tensor:
@@ -226,7 +234,7 @@ def _prepare_forward(
     for first, heads in _head_groups(batch * kv_heads, head_bytes):
         pairs = heads * group * own.max_pairs
         programs = min(_num_programs(query.device), pairs)
-        num_waves, steps = _steps(programs, pairs, key, pattern, walked)
+        num_waves, steps = _steps(programs, pairs, key, pattern, layouts)
         planner = planner_of(pattern, own, walked, (first * group, heads * group, batch * num_heads))
         arguments = {
             "num_heads": heads * group,
@@ -348,7 +356,7 @@ def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_hea
     total = call.query.shape[0] * call.query.shape[2]
     pairs = heads * own.max_pairs
     programs = min(_num_programs(dq.device), pairs)
-    num_waves, steps = _steps(programs, pairs, call.key, call.pattern, call.keys)
+    num_waves, steps = _steps(programs, pairs, call.key, call.pattern, (own, call.keys))
     plan = plan_queries(call.pattern, own, call.keys, first_head, heads, total, num_waves)
     key_boxes, value_boxes, key_granules, value_granules = keys.maps(head_size)
     scale = _kernel_scale(call.scale)
