@@ -283,6 +283,14 @@ def test_autocast() -> None:
     assert torch.equal(out, expected)
 
 
+def test_layouts_of_a_new_grid_do_not_follow_the_default_device() -> None:
+    inputs = {name: torch.randn(1, 3 * 5 * 7, 2, 8) for name in ("query", "key", "value")}
+    with torch.device("meta"):
+        out = video_sparse_attention(**inputs, grid_tyx=(3, 5, 7), tile_tyx=(1, 3, 5), sparsity=0.5)
+    expected = video_sparse_attention(**inputs, grid_tyx=(3, 5, 7), tile_tyx=(1, 3, 5), sparsity=0.5)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
@@ -305,6 +313,15 @@ def test_autocast() -> None:
         ({"query": torch.zeros(96, 2, 8)}, ValueError, r"query \[batch, seq, heads, head_size\]"),
         ({"query": torch.zeros(2, 96, 3, 8)}, ValueError, "multiple of key heads"),
         ({"geometry": video_geometry(TileGrid((2, 6, 8), (2, 2, 2)), "cpu")}, ValueError, "the geometry is that of"),
+        ({"sparsity": None, "num_kept": 2.5}, TypeError, "num_kept as an integer, got 2.5"),
+        ({"sparsity": None, "num_kept": True}, TypeError, "num_kept as an integer, got True"),
+        ({"gate": 1.0}, TypeError, "gate as a tensor, got float"),
+        ({"pooled": (torch.zeros(2, 12, 2, 8),) * 4}, ValueError, "means of query and key, got 4"),
+        ({"impl": ""}, ValueError, "impl as None or the name of an implementation, got ''"),
+        # Concatenated, another dtype would turn the whole call's in silence.
+        ({"replicated": (torch.zeros(2, 3, 2, 8, dtype=torch.float64),) * 3}, ValueError, "replicated query like the video's"),
+        ({"replicated": (torch.zeros(1, 3, 2, 8),) * 3}, ValueError, r"\(2, 96, 2, 8\) with another length.*\(1, 3, 2, 8\)"),
+        ({"replicated": (None,) * 3}, TypeError, r"replicated\[0\] as a tensor, got NoneType"),
     ],
 )
 def test_bad_input(changes, error, text) -> None:

@@ -158,6 +158,10 @@ def test_outputs_of_diffusers_are_rebuilt() -> None:
 
 def test_nonsense() -> None:
     module, x = nn.Linear(3, 3), torch.ones(4, 3)
+    with pytest.raises(TypeError, match=r"module as an nn\.Module, whose layers are compared, got builtin_function_or_method"):
+        check_parallel_parity(torch.relu, [x])
+    with pytest.raises(TypeError, match="inputs by name or in order, got a tensor; put it into a list"):
+        check_parallel_parity(module, x)
     for dim in (7, 2, -3, 0.0, True):
         with pytest.raises(ValueError, match=rf"expected shard to name one of the 2 dims of input 'input', got {dim}"):
             check_parallel_parity(module, {"input": x}, shard={"input": dim})

@@ -89,9 +89,10 @@ def block_sparse_attention(
         >>> torch.equal(out[:, :4], alone[:, :4])
         True
     """
-    _check_types(query, key, value, pattern)
-    if impl == _AUTOMATIC:
-        raise ValueError("expected impl as None or the name of an implementation, got ''")
+    check_types(query=query, key=key, value=value)
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"expected pattern as a BlockPattern, got {type(pattern).__name__}; see BlockPattern.from_mask")
+    check_impl(impl)
     query, key, value = as_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -112,12 +113,17 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _check_types(query: Any, key: Any, value: Any, pattern: Any) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
+def check_types(**tensors: Any) -> None:
+    """Raise TypeError for what stands in the place of a tensor."""
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"expected {name} as a tensor, got {type(x).__name__}")
-    if not isinstance(pattern, BlockPattern):
-        raise TypeError(f"expected pattern as a BlockPattern, got {type(pattern).__name__}; see BlockPattern.from_mask")
+
+
+def check_impl(impl: str | None) -> None:
+    """Raise ValueError for the empty name, which custom ops take for no wish."""
+    if impl == _AUTOMATIC:
+        raise ValueError("expected impl as None or the name of an implementation, got ''")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> None:

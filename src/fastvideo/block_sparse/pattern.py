@@ -81,7 +81,7 @@ class TileLayout:
                 raise ValueError(f"expected order of shape ({num_tokens},), the sum of sizes, got {tuple(order.shape)}")
             device = order.device if device is None else device
             order = _narrowed("order", order).to(device)
-        ends = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
+        ends = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
         return cls(
             offsets=ends.to(device=device, dtype=torch.int32),
             num_tokens=num_tokens,

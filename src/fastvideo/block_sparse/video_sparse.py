@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvideo.block_sparse.attention import as_autocast
+from fastvideo.block_sparse.attention import as_autocast, check_impl, check_types
 from fastvideo.block_sparse.coarse import coarse_attention, lowered, tile_means
 from fastvideo.block_sparse.eager import without_autocast
 from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
@@ -84,8 +84,9 @@ def video_sparse_attention(
         `[B, S + R, Hq, D]` in the dtype of `query`.
 
     Raises:
-        TypeError: For tensors that are not floating point.
-        ValueError: For shapes, dtypes, devices, a grid, a scale or a sparsity that do not fit.
+        TypeError: For tensors that are not floating point, something else in the place of a tensor, and a `num_kept` that
+            isn't an integer.
+        ValueError: For shapes, dtypes, devices, a grid, a scale or a sparsity that do not fit, or an `impl` that nobody knows.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 64, 2, 8).unbind(0)
@@ -95,6 +96,8 @@ def video_sparse_attention(
         >>> torch.allclose(dense, expected, atol=1e-5)
         True
     """
+    check_types(query=query, key=key, value=value, **({} if gate is None else {"gate": gate}))
+    check_impl(impl)
     tile_tyx = resolve_tile(tile_tyx, grid_tyx)
     if replicated is not None:
         query, key, value, num_replicated = _join_replicated((query, key, value), replicated, num_replicated)
@@ -178,6 +181,7 @@ def _join_replicated(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     if num_replicated:
         raise ValueError(f"expected either replicated or num_replicated, got both, {num_replicated=}")
+    check_types(**{f"replicated[{place}]": x for place, x in enumerate(text)})
     if len(text) != 3 or any(x.ndim != 4 for x in (*video, *text)):
         raise ValueError(
             "expected replicated to be query, key and value of the text, [batch, seq, heads, head_size] each, "
@@ -186,6 +190,12 @@ def _join_replicated(
     lengths = {x.shape[1] for x in text}
     if len(lengths) > 1:
         raise ValueError(f"expected replicated tensors of one length, got {[x.shape[1] for x in text]}")
+    for name, x, like in zip(("query", "key", "value"), text, video, strict=True):
+        if x.dtype != like.dtype or x.device != like.device or (x.shape[0], x.shape[2:]) != (like.shape[0], like.shape[2:]):
+            raise ValueError(
+                f"expected the replicated {name} like the video's, {tuple(like.shape)} with another length, {like.dtype} on "
+                f"{like.device}, got {tuple(x.shape)}, {x.dtype} on {x.device}"
+            )
     query, key, value = (torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
     return query, key, value, lengths.pop()
 
@@ -209,6 +219,8 @@ def _resolve(
         raise ValueError(f"expected either sparsity or num_kept, got {sparsity=}, {num_kept=}")
     if sparsity is not None:
         num_kept = num_kept_tiles(num_tiles, sparsity)
+    if isinstance(num_kept, (bool, float)):
+        raise TypeError(f"expected num_kept as an integer, got {num_kept!r}")
     if num_kept is None or not 1 <= num_kept <= num_tiles:
         raise ValueError(f"expected num_kept in [1, {num_tiles}], the tiles of grid {grid_tyx}, got {num_kept=}")
     return with_replicated(geometry, num_replicated), num_kept
@@ -264,7 +276,7 @@ def _video_gate(gate: Tensor, query: Tensor, geometry: VideoGeometry) -> Tensor:
 
 
 def _check_pooled(pooled: Pooled, inputs: tuple[Tensor, Tensor, Tensor], geometry: VideoGeometry, *, has_gate: bool) -> None:
-    if len(pooled) < (3 if has_gate else 2):
+    if len(pooled) not in ((3,) if has_gate else (2, 3)):
         raise ValueError(
             f"expected pooled means of {'query, key and value' if has_gate else 'query and key'}, got {len(pooled)}"
         )

@@ -121,6 +121,7 @@ def check_parallel_parity(
         The report, the same on every rank.
 
     Raises:
+        TypeError: `module` is no module, or `inputs` a tensor instead of a sequence of inputs.
         ValueError: `shard` names an input that isn't there or no tensor, or a dim that it lacks, or the lengths don't fit; or
             there was nothing to compare, because no wanted submodule returns floating point tensors.
 
@@ -130,6 +131,10 @@ def check_parallel_parity(
     """
     group = as_sequence_group(mesh) or current_sequence_group()
     module = getattr(module, "_orig_mod", module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected module as an nn.Module, whose layers are compared, got {type(module).__name__}")
+    if torch.is_tensor(inputs):
+        raise TypeError("expected inputs by name or in order, got a tensor; put it into a list")
     whole = dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs))
     cuts = _cuts(whole, shard or {}, shard_lengths, group)
     own = {name: cuts[name].cut(x) if name in cuts else x for name, x in whole.items()}

@@ -134,14 +134,15 @@ def as_tyx(name: str, value: Sequence[int]) -> tuple[int, int, int]:
 
 def _tile_tensors(grid: TileGrid, device: torch.device) -> TileTensors:
     (tile_t, tile_y, tile_x), (_, num_y, num_x) = grid.tile_tyx, grid.num_tiles_tyx
-    t, y, x = (torch.arange(extent) for extent in grid.grid_tyx)
+    # On the CPU whatever a caller's `with torch.device(...)` says.
+    t, y, x = (torch.arange(extent, device="cpu") for extent in grid.grid_tyx)
     tile_ty = (t // tile_t)[:, None] * num_y + y // tile_y
     tile_of_token = (tile_ty[:, :, None] * num_x + x // tile_x).flatten()
     # Tokens of a tile keep their raster order because the sort is stable.
     order = torch.argsort(tile_of_token, stable=True)
-    rows = torch.arange(grid.num_tokens)
+    rows = torch.arange(grid.num_tokens, device="cpu")
     inverse = torch.empty_like(order).scatter_(0, order, rows)
-    t_sizes, y_sizes, x_sizes = (torch.tensor(sizes) for sizes in grid.axis_sizes)
+    t_sizes, y_sizes, x_sizes = (torch.tensor(sizes, device="cpu") for sizes in grid.axis_sizes)
     sizes = (t_sizes[:, None, None] * y_sizes[:, None] * x_sizes).flatten()
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     sizes, offsets, order, inverse = (x.to(device, torch.int32) for x in (sizes, offsets, order, inverse))

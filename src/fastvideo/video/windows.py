@@ -120,8 +120,9 @@ def _axis_lists(extent: int, tile: int, part: int, window: int) -> tuple[Tensor,
     num_tiles, num_cells, parts_per_tile = -(-extent // tile), -(-extent // part), tile // part
     seen = min(window, num_tiles)
     # A window of k tiles around the clamped centre starts here.
-    first = (torch.arange(num_cells) // parts_per_tile - window // 2).clamp(0, num_tiles - seen)
-    lists = first[:, None] * parts_per_tile + torch.arange(seen * parts_per_tile)
+    # On the CPU whatever a caller's `with torch.device(...)` says.
+    first = (torch.arange(num_cells, device="cpu") // parts_per_tile - window // 2).clamp(0, num_tiles - seen)
+    lists = first[:, None] * parts_per_tile + torch.arange(seen * parts_per_tile, device="cpu")
     is_listed = lists < num_cells
     width = int(is_listed.sum(-1).max())
     return lists[:, :width], is_listed[:, :width]
