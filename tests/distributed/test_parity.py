@@ -160,7 +160,7 @@ def test_nonsense() -> None:
     module, x = nn.Linear(3, 3), torch.ones(4, 3)
     with pytest.raises(TypeError, match=r"module as an nn\.Module, whose layers are compared, got builtin_function_or_method"):
         check_parallel_parity(torch.relu, [x])
-    with pytest.raises(TypeError, match="inputs by name or in order, got a tensor; put it into a list"):
+    with pytest.raises(TypeError, match="inputs by name or in order, got Tensor; put a lone one into a list"):
         check_parallel_parity(module, x)
     for dim in (7, 2, -3, 0.0, True):
         with pytest.raises(ValueError, match=rf"expected shard to name one of the 2 dims of input 'input', got {dim}"):

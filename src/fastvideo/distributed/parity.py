@@ -121,7 +121,7 @@ def check_parallel_parity(
         The report, the same on every rank.
 
     Raises:
-        TypeError: `module` is no module, or `inputs` a tensor instead of a sequence of inputs.
+        TypeError: `module` is no module, or `inputs` no mapping and no sequence.
         ValueError: `shard` names an input that isn't there or no tensor, or a dim that it lacks, or the lengths don't fit; or
             there was nothing to compare, because no wanted submodule returns floating point tensors.
 
@@ -133,9 +133,7 @@ def check_parallel_parity(
     module = getattr(module, "_orig_mod", module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected module as an nn.Module, whose layers are compared, got {type(module).__name__}")
-    if torch.is_tensor(inputs):
-        raise TypeError("expected inputs by name or in order, got a tensor; put it into a list")
-    whole = dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs))
+    whole = _named(inputs)
     cuts = _cuts(whole, shard or {}, shard_lengths, group)
     own = {name: cuts[name].cut(x) if name in cuts else x for name, x in whole.items()}
     runner = Runner(module, loss, backward, only, isinstance(inputs, Mapping))
@@ -217,6 +215,15 @@ def _partial_gradients(
         if label.is_gradient and all(shapes.get(label) == whole for shapes in shared):
             found.append(label)
     return found
+
+
+def _named(inputs: Any) -> dict[Any, Any]:
+    """Return inputs by name, or by their place."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if not isinstance(inputs, Sequence):
+        raise TypeError(f"expected inputs by name or in order, got {type(inputs).__name__}; put a lone one into a list")
+    return dict(enumerate(inputs))
 
 
 def _cuts(
