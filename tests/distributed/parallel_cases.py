@@ -13,11 +13,11 @@ CROSS_KEYS = 13
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Lengths are drawn from `lengths` for each number of ranks."""
+    """One call. Lengths are drawn from `lengths` for each number of ranks, or are those of the ranks."""
 
     layout: str = "ulysses"
     heads: tuple[int, int] = (4, 4)
-    lengths: str = "equal"
+    lengths: str | tuple[int, ...] = "equal"
     mask: str = ""
     causal: bool = False
     replicated: str = ""
@@ -31,6 +31,11 @@ class Case:
             f"{field.name}={getattr(self, field.name)}" for field in fields(self) if getattr(self, field.name) != field.default
         ]
         return " ".join(parts) or "plain"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Case:
+        """Return a case whose tuples have become lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 VALUES: dict[str, tuple] = {
@@ -103,8 +108,10 @@ def draw_pairwise(
     return cases
 
 
-def shard_lengths(kind: str, size: int, total: int = TOKENS) -> tuple[int, ...]:
+def shard_lengths(kind: str | tuple[int, ...], size: int, total: int = TOKENS) -> tuple[int, ...]:
     """Return the shards of a sequence over `size` ranks."""
+    if isinstance(kind, tuple):
+        return kind
     return {
         "equal": (total // size,) * size,
         "one token": (0,) * (size - 1) + (1,),

@@ -1,4 +1,5 @@
-"""Run by test_parallel.py once per rank: every case on all ranks, outputs and all gradients compared with one device's.
+"""Run by test_parallel.py and test_drawn.py once per rank: every case on all ranks, outputs and all gradients compared with
+one device's.
 
 Each rank draws the whole inputs from one seed and computes one device's numbers itself, by `reference_attention`.
 """
@@ -249,15 +250,23 @@ def main(rank: str, size: str, folder: str, device: str = "cpu", only: str = "")
     shape = (2, int(size) // 2) if int(size) % 2 == 0 else (int(size), 1)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("ring", "ulysses"))
     report, path = {}, Path(folder, f"{rank}.json")
-    for case in draw_pairwise(seed=int(size)):
+    given = Path(folder, "cases.json")
+    cases = [Case.from_json(values) for values in json.loads(given.read_text())] if given.exists() else draw_pairwise(int(size))
+    for case in cases:
         if only in str(case):
             run(str(case), lambda case=case: Problem(case, int(size), device).check(group_of(case, mesh)), report, path)
+    if given.exists():
+        return leave(report, path)
     for case in sparse_cases.draw_sparse(seed=int(size)):
         if only in str(case):
             run(str(case), lambda case=case: sparse_cases.check(case, mesh, device), report, path)
     for name, function in named_cases.cases(mesh, device).items():
         if only in name:
             run(name, function, report, path)
+    leave(report, path)
+
+
+def leave(report: dict[str, str], path: Path) -> None:
     path.write_text(json.dumps(report))
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
