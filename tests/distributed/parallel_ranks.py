@@ -255,18 +255,13 @@ def main(rank: str, size: str, folder: str, device: str = "cpu", only: str = "")
     for case in cases:
         if only in str(case):
             run(str(case), lambda case=case: Problem(case, int(size), device).check(group_of(case, mesh)), report, path)
-    if given.exists():
-        return leave(report, path)
-    for case in sparse_cases.draw_sparse(seed=int(size)):
+    sparse, named = ([], {}) if given.exists() else (sparse_cases.draw_sparse(seed=int(size)), named_cases.cases(mesh, device))
+    for case in sparse:
         if only in str(case):
             run(str(case), lambda case=case: sparse_cases.check(case, mesh, device), report, path)
-    for name, function in named_cases.cases(mesh, device).items():
+    for name, function in named.items():
         if only in name:
             run(name, function, report, path)
-    leave(report, path)
-
-
-def leave(report: dict[str, str], path: Path) -> None:
     path.write_text(json.dumps(report))
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
