@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -62,6 +62,23 @@ class Implementation:
     backward: Backward
     forward_into: ForwardInto | None = None
     is_delta_given: bool = False
+
+
+def kernels_of(module: str, rejections: Rejections) -> Implementation:
+    """Return the implementation whose `forward`, `backward` and `forward_into` stand in a module imported at the first call.
+
+    Args:
+        module: Its full name. It needs what `rejections` asks for; its kernels take delta as `is_delta_given` says.
+        rejections: As in `Implementation`.
+    """
+
+    def late(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*arguments)
+
+        return call
+
+    return Implementation(rejections, late("forward"), late("backward"), late("forward_into"), is_delta_given=True)
 
 
 IMPLEMENTATIONS: dict[str, str] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.impl import GatedTiles, Implementation
+from fastvideo.block_sparse.impl import kernels_of
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import has_triton
 
@@ -49,44 +49,4 @@ def rejections(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern)
     return tuple(reasons)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
-    """See `Implementation.forward`."""
-    from fastvideo.block_sparse.impl.triton import launch
-
-    return launch.forward(query, key, value, pattern, scale)
-
-
-def forward_into(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: BlockPattern,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    added: GatedTiles | None,
-) -> None:
-    """See `Implementation.forward_into`."""
-    from fastvideo.block_sparse.impl.triton import launch
-
-    launch.forward_into(query, key, value, pattern, scale, out, lse, added)
-
-
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pattern: BlockPattern,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Implementation.backward`."""
-    from fastvideo.block_sparse.impl.triton import launch
-
-    return launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
-
-
-IMPLEMENTATION = Implementation(rejections, forward, backward, forward_into, is_delta_given=True)
+IMPLEMENTATION = kernels_of("fastvideo.block_sparse.impl.triton.launch", rejections)
