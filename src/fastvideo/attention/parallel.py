@@ -239,7 +239,7 @@ def _launcher(
             head_route(piece.shape, own, shards, ulysses.rank)
             for piece, own, (_, shards) in zip(pieces, owners, inputs, strict=False)
         ]
-        return launch_exchanges(pieces, routes, ulysses, is_hidden=number > 0, is_lent=not call.needs_grad)
+        return launch_exchanges(pieces, routes, ulysses, is_lent=not call.needs_grad)
 
     return launch
 
@@ -357,7 +357,7 @@ def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple
     def launch(number: int) -> list[Launched]:
         route = gather_route(cut[1][number].shape, 1, call.kv_lengths)
         pieces = [of_input[number] for of_input in cut[1:]]
-        return launch_exchanges(pieces, [route, route], ring, is_hidden=number > 0, is_lent=not call.needs_grad)
+        return launch_exchanges(pieces, [route, route], ring, is_lent=not call.needs_grad)
 
     arriving = [launch(number) for number in range(min(2, count))]
     outputs, rests = [], []

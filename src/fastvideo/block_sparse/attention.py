@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from fastvideo.block_sparse.eager import eager_function, function_of
-from fastvideo.block_sparse.impl import choose_implementation, load_implementation
+from fastvideo.block_sparse.impl import AUTOMATIC, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
-
-_AUTOMATIC = ""
 
 
 @overload
@@ -100,7 +98,7 @@ def block_sparse_attention(
     if not -math.inf < scale < math.inf:
         raise ValueError(f"expected a finite scale, got {scale=}")
     run = eager_function(_forward_op, _EagerAttention, (query, key, value))
-    out, lse = run(query, key, value, *_flatten(pattern), scale, _AUTOMATIC if impl is None else impl)
+    out, lse = run(query, key, value, *_flatten(pattern), scale, AUTOMATIC if impl is None else impl)
     return (out, lse) if return_lse else out
 
 
@@ -122,7 +120,7 @@ def check_types(**tensors: Any) -> None:
 
 def check_impl(impl: str | None) -> None:
     """Raise ValueError for the empty name, which custom ops take for no wish."""
-    if impl == _AUTOMATIC:
+    if impl == AUTOMATIC:
         raise ValueError("expected impl as None or the name of an implementation, got ''")
 
 

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from fastvideo.block_sparse.eager import eager_function, function_of, without_autocast
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
-from fastvideo.block_sparse.impl import GatedTiles, Implementation, choose_implementation, load_implementation
+from fastvideo.block_sparse.impl import AUTOMATIC, GatedTiles, Implementation, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_support import device_of, runs_triton
 from fastvideo.video import tile_sum
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_AUTOMATIC = ""
 
 
 def attend_to_tiles(
@@ -55,7 +54,7 @@ def attend_to_tiles(
         `[B, S + R, Hq, D]`.
     """
     grid = geometry.grid
-    name = _AUTOMATIC if impl is None else impl
+    name = AUTOMATIC if impl is None else impl
     tensors = (query, key, value, coarse, gate, indices)
     run = eager_function(_forward_op, _EagerFine, tensors)
     out: Tensor = run(*tensors, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, scale, name)[0]

@@ -16,6 +16,7 @@ from fastvideo.block_sparse.coarse import coarse_attention, means_of
 from fastvideo.block_sparse.eager import without_autocast
 from fastvideo.block_sparse.fine_stage import forward_of
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
+from fastvideo.block_sparse.impl import AUTOMATIC
 from fastvideo.block_sparse.selection import choose_tiles
 from fastvideo.platforms.triton_support import device_of
 
@@ -45,7 +46,7 @@ def attend_without_gradients(
     Returns:
         `[B, S + R, Hq, D]`.
     """
-    grid, name = geometry.grid, "" if impl is None else impl
+    grid, name = geometry.grid, AUTOMATIC if impl is None else impl
     out: Tensor = _whole_op(
         query, key, value, gate, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, num_kept, scale, name
     )

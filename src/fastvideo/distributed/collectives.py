@@ -98,27 +98,20 @@ def launch_exchanges(
     routes: Sequence[Route],
     group: SequenceGroup,
     *,
-    is_hidden: bool = False,
     is_lent: bool = False,
 ) -> list[Launched]:
-    """Start the exchange of several tensors; as one, which takes less host time, where it is hidden or what comes is lent.
+    """Start the exchange of several tensors; as one, which takes less host time, where what comes is lent.
 
     Args:
         tensors: What this rank sends.
         routes: The route of each.
         group: The ranks.
-        is_hidden: As for `launch_exchange`.
         is_lent: What is received is needed for a while only, until `give_back`, so that copy engines may bring it without any
             packing; where no gradient is recorded. Said by all ranks or none, of parts that are joined along dim 1.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
-    if is_lent:
+    if is_lent and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return lend(tensors, routes, group.name)
-    if not is_hidden:
-        return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
-    started = start(tensors, routes, group.name, None, is_hidden)
-    return [Launched(received, None, route) for received, route in zip(started, routes, strict=True)]
+    return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
 
 
 def lend(tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str) -> list[Launched]:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fastvideo.block_sparse.pattern import BlockPattern
 
+AUTOMATIC = ""
+"""What custom ops take for no wish."""
+
 Rejections = Callable[[Tensor, Tensor, Tensor, BlockPattern], tuple[str, ...]]
 Forward = Callable[[Tensor, Tensor, Tensor, BlockPattern, float], tuple[Tensor, Tensor]]
 Backward = Callable[
