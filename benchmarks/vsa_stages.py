@@ -2,7 +2,8 @@
 
 The coarse stage is everything before the fine part: means of query, key and value, coarse scores and choice of tiles, coarse
 attention, called as the layer calls them where no gradient is needed, inside its one custom op. Each stage is timed by itself
-(`do_bench`, median), the kernels in calls of the whole layer, one after the other.
+(`do_bench`, median), the kernels in calls of the whole layer, one after the other. The host's time is that of launching a call
+of the layer while the GPU still works on those before.
 
 Example:
     python benchmarks/vsa_stages.py wan2.1-1.3b-480p wan2.1-14b-720p --json result.json
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from fastvideo.benchmark.inputs import make_inputs
-from fastvideo.benchmark.measure import describe_run, kernel_ms, median_ms, sm_clock_mhz
+from fastvideo.benchmark.measure import describe_run, host_ms, kernel_ms, median_ms, sm_clock_mhz
 from fastvideo.benchmark.shapes import SHAPES, BenchmarkShape, shape_named
 from fastvideo.block_sparse import num_kept_tiles, video_sparse_attention
 from fastvideo.block_sparse.coarse import coarse_attention, make_means
@@ -77,12 +78,15 @@ def main() -> None:
         tile = arguments.tile
         tile_tyx = resolve_tile(tile if tile.startswith("auto") else [int(x) for x in tile.split("x")], shape.grid_tyx)
         print(f"\n{name}: {shape}, tile {tile_tyx}, sparsity {shape.sparsity}")
-        row: dict[str, Any] = {"shape": name, "tile": tile_tyx, "sparsity": shape.sparsity, "ms": {}, "kernels_ms": {}}
+        row: dict[str, Any] = {"shape": name, "tile": tile_tyx, "sparsity": shape.sparsity}
+        row |= {"ms": {}, "host_ms": {}, "kernels_ms": {}}
         for stage, call in stages(shape, tile_tyx, arguments.impl).items():
             row["ms"][stage.strip()] = time = median_ms(call, DEVICE)
             clock = sm_clock_mhz(call, DEVICE)
             print(f"{stage:24} {time:9.3f} ms" + (f" at {clock[0]:.0f} MHz, {clock[1]:.0f} W" if clock else ""), flush=True)
             if stage.startswith("layer"):
+                row["host_ms"][stage] = host = host_ms(call, DEVICE)
+                print(f"{'  its launches':24} {host:9.3f} ms of the host", flush=True)
                 row["kernels_ms"][stage] = found = kernel_ms(call, arguments.kernels)
                 print("".join(f"    {ms:8.3f}  {kernel}\n" for kernel, ms in found.items()), end="", flush=True)
         rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from fastvideo.benchmark.accuracy import Attended, compare
 from fastvideo.benchmark.cases import make_cases, parse_tile
 from fastvideo.benchmark.inputs import Inputs, list_overlap, make_inputs, make_lists
+from fastvideo.benchmark.measure import host_ms
 from fastvideo.benchmark.report import format_rows
 from fastvideo.benchmark.run import run_cases
 from fastvideo.benchmark.shapes import SHAPES, BenchmarkShape, shape_named
@@ -131,6 +133,29 @@ def test_wrong_rows_are_marked_and_not_ranked() -> None:
     assert any(line.startswith("   -  WRONG") for line in lines)
     assert any("OVER BUDGET, not ranked: out: max error" in line for line in lines)
     assert "   -  ABSENT: can't run: too hot" in lines
+
+
+def test_a_rest_comes_before_every_timing_and_nothing_else(monkeypatch) -> None:
+    inputs = make_inputs(shape_named("tiny"), "random", torch.float32, CPU)
+    happened: list[str] = []
+    monkeypatch.setattr("fastvideo.benchmark.run.time.sleep", lambda seconds: happened.append(f"{seconds} s"))
+    monkeypatch.setattr("fastvideo.benchmark.run.median_ms", lambda *_: happened.append("timed") or 1.0)
+    monkeypatch.setattr("fastvideo.benchmark.run.sm_clock_mhz", lambda *_: happened.append("clock") or (1500.0, 690.0))
+    cases = make_cases(shape_named("tiny"), inputs, "random", **DEFAULTS)
+    rows = run_cases(cases, inputs, rounds=2, rest=0.5, checks_errors=False)
+    assert happened == ["0.5 s", "timed"] * 4 + ["clock"] * 2, "clocks are read when nothing is timed any more"
+    assert [(row.clock_mhz, row.power_w) for row in rows] == [(1500.0, 690.0)] * 2
+    happened.clear()
+    run_cases(cases, inputs, rounds=2, checks_errors=False)
+    assert happened == ["timed"] * 4 + ["clock"] * 2
+
+
+def test_the_host_is_timed_without_the_device(monkeypatch) -> None:
+    waits: list[int] = []
+    calls: list[int] = []
+    monkeypatch.setattr("fastvideo.benchmark.measure.synchronize", lambda _: waits.append(len(calls)))
+    assert host_ms(lambda: calls.append(1) or time.sleep(0.002), CPU, num_calls=5, repeats=3) == pytest.approx(2, rel=0.5)
+    assert waits == [0, 5, 10, 15], "between runs, never between calls"
 
 
 def test_backends_that_make_their_own_lists_say_so_beside_a_fine_stage() -> None:

@@ -247,6 +247,7 @@ def test_one_process_is_told_how_to_start_several(arguments, text, capsys, monke
         (["tiny", "--sparsities", "0.5", "0.6"], "expected one of --sparsities"),
         (["tiny", "--tiles", "4x4x4", "auto"], "expected one of --tiles"),
         (["tiny", "--head-groups", "0"], "expected --head-groups as auto or positive numbers, got '0'"),
+        (["tiny", "--rest", "1"], "--rest is for one device"),
         (["tiny", "--round-ms", "0"], "expected --round-ms above 0"),
         (["tiny", "--impls", "portable"], "--impls and --window are for one device"),
         (["tiny", "--window", "1", "1", "1"], "--impls and --window are for one device"),

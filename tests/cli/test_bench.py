@@ -72,6 +72,8 @@ def test_nothing_that_can_run_is_an_error(tmp_path, capsys) -> None:
         (["huge"], "no shape is called 'huge'"),
         (["tiny", "--device", "cuda"], "no CUDA device"),
         (["tiny", "--rounds", "0"], "--rounds of at least 1"),
+        (["tiny", "--rest", "-1"], "--rest as seconds of at least 0"),
+        (["tiny", "--rest", "nan"], "--rest as seconds of at least 0"),
         (["tiny", "--sparsities", "1.0"], "--sparsities in [0, 1)"),
         (["tiny", "--plot", "rows.jpg"], "--plot to end in .png"),
         (["tiny", "--impls", "warp"], "unknown implementation 'warp'"),

@@ -14,7 +14,16 @@ import torch
 from fastvideo import __version__
 from fastvideo.platforms.system import current_platform
 
-__all__ = ["describe_run", "extra_peak_bytes", "kernel_ms", "live_bytes", "median_ms", "sm_clock_mhz"]
+__all__ = [
+    "describe_run",
+    "extra_peak_bytes",
+    "host_ms",
+    "kernel_ms",
+    "live_bytes",
+    "median_ms",
+    "sm_clock_mhz",
+    "synchronize",
+]
 
 _CPU_SECONDS = 0.3
 
@@ -38,6 +47,32 @@ def median_ms(call: Callable[[], object], device: torch.device, rep_ms: int = 10
         call()
         times.append(1000 * (time.perf_counter() - begin))
     return statistics.median(times)
+
+
+def host_ms(call: Callable[[], object], device: torch.device, num_calls: int = 10, repeats: int = 7) -> float:
+    """Milliseconds of the host's thread that a call takes when calls follow each other and the device lags behind.
+
+    The median of `repeats` runs of `num_calls` calls, none of which waits for the device.
+
+    Example:
+        >>> host_ms(lambda: None, torch.device("cpu")) < 1.0
+        True
+    """
+    times: list[float] = []
+    for _ in range(repeats):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(num_calls):
+            call()
+        times.append(1000 * (time.perf_counter() - begin) / num_calls)
+    synchronize(device)
+    return statistics.median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a CUDA device was given; elsewhere calls have run when they return."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def kernel_ms(call: Callable[[], object], num_kernels: int = 8, repeats: int = 10) -> dict[str, float]:
@@ -76,7 +111,7 @@ def live_bytes(device: torch.device) -> int | None:
     """Memory that tensors hold on a CUDA device; `None` elsewhere."""
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return torch.cuda.memory_allocated(device)
 
 

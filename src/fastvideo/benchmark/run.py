@@ -1,12 +1,15 @@
 """Running cases side by side: each one checked and its memory taken, then all timed in turns, forward and backward.
 
 Cases are interleaved: a round times each of them once, and a row's time is the median of its rounds, so that a card that
-warms up or is shared treats all alike.
+warms up or is shared treats all alike. Clocks are read after the last round, since the load that this takes would slow the
+case timed next. A card at its power limit still runs slower the longer it runs: with a rest before each timing, every one
+begins on a card that has just done nothing.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor
 from fastvideo.benchmark.accuracy import compare
 from fastvideo.benchmark.cases import Case
 from fastvideo.benchmark.inputs import Inputs, list_overlap
-from fastvideo.benchmark.measure import extra_peak_bytes, median_ms, sm_clock_mhz
+from fastvideo.benchmark.measure import extra_peak_bytes, median_ms, sm_clock_mhz, synchronize
 
 __all__ = ["PASSES", "Row", "run_cases"]
 
@@ -83,6 +86,7 @@ def run_cases(
     *,
     passes: Sequence[str] = PASSES,
     rounds: int = 3,
+    rest: float = 0.0,
     checks_errors: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
@@ -93,6 +97,7 @@ def run_cases(
         inputs: What to measure it with.
         passes: `"forward"`, `"backward"` or both.
         rounds: How many times each case is timed.
+        rest: Seconds in which nothing runs before each timing.
         checks_errors: Compare with float64 on sampled heads.
         report: Is told what happens.
     """
@@ -106,7 +111,7 @@ def run_cases(
             for name, row in found.items():
                 if row.refused is None:
                     report(f"round {number + 1} of {rounds}: {case.name}, {name}")
-                    _time(case, inputs, row)
+                    _time(case, inputs, row, rest)
     for case, found in rows:
         for row in found.values():
             if row.rounds_ms:
@@ -184,11 +189,12 @@ def _calls(case: Case, inputs: Inputs, pass_name: str) -> Iterator[Callable[[], 
     yield lambda: _backward(out, leaves, inputs.dout)
 
 
-def _time(case: Case, inputs: Inputs, row: Row) -> None:
+def _time(case: Case, inputs: Inputs, row: Row, rest: float) -> None:
     for call in _calls(case, inputs, row.pass_name):
+        if rest > 0:
+            synchronize(inputs.query.device)
+            time.sleep(rest)
         row.rounds_ms.append(median_ms(call, inputs.query.device))
-        if row.clock_mhz is None and (clock := sm_clock_mhz(call, inputs.query.device)) is not None:
-            row.clock_mhz, row.power_w = clock
 
 
 def _finish(case: Case, inputs: Inputs, row: Row) -> None:
@@ -196,3 +202,6 @@ def _finish(case: Case, inputs: Inputs, row: Row) -> None:
     operations = (4 if row.pass_name == "forward" else 10) * inputs.query.shape[-1]
     row.tflops_real = operations * case.real_pairs() / row.ms / 1e9
     row.tflops_padded = operations * case.padded_pairs / row.ms / 1e9
+    for call in _calls(case, inputs, row.pass_name):
+        if (clock := sm_clock_mhz(call, inputs.query.device)) is not None:
+            row.clock_mhz, row.power_w = clock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--rounds", type=int, default=3, help="how many times each case is timed")
+    parser.add_argument(
+        "--rest", type=float, default=0.0, metavar="S", help="seconds of rest before each timing, by default none"
+    )
     parser.add_argument("--no-errors", action="store_true", help="compare nothing with float64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows, the device, versions and commit to this file")
@@ -92,6 +96,8 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
     bench_parallel.check_meant(args)
     if args.rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
+    if not 0 <= args.rest < math.inf:
+        raise ValueError(f"expected --rest as seconds of at least 0, got {args.rest}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"expected --seed in [0, 2^63), got {args.seed}")
     for name in args.shapes:
@@ -149,7 +155,9 @@ def _measure(name: str, kind: str, args: argparse.Namespace, device: torch.devic
     def tell(text: str) -> None:
         print(f"{name}, {kind}: {text}", file=sys.stderr, flush=True)
 
-    return run_cases(cases, inputs, passes=args.passes, rounds=args.rounds, checks_errors=not args.no_errors, report=tell)
+    return run_cases(
+        cases, inputs, passes=args.passes, rounds=args.rounds, rest=args.rest, checks_errors=not args.no_errors, report=tell
+    )
 
 
 def _write(args: argparse.Namespace, about: dict[str, str], results: list[tuple[str, str, list[Row]]]) -> None:
@@ -158,7 +166,7 @@ def _write(args: argparse.Namespace, about: dict[str, str], results: list[tuple[
             {"shape": name, "is": str(shape_named(name)), "inputs": kind, "rows": [row.as_dict() for row in rows]}
             for name, kind, rows in results
         ]
-        data = {"about": about, "dtype": args.dtype, "rounds": args.rounds, "results": tables}
+        data = {"about": about, "dtype": args.dtype, "rounds": args.rounds, "rest_s": args.rest, "results": tables}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
     if args.plot is not None and _has_ranked_rows(results):
         plot_results([(f"{name}, {kind} inputs", rows) for name, kind, rows in results], args.plot)

@@ -92,6 +92,8 @@ def _check(args: argparse.Namespace) -> list[int | None]:
         raise ValueError(f"expected one of --tiles and random --inputs with --parallel, got {args.tiles} and {args.inputs}")
     if args.impls is not None or args.window is not None:
         raise ValueError("--impls and --window are for one device; leave them out with --parallel")
+    if args.rest:
+        raise ValueError("--rest is for one device, where cases are timed one by one; leave it out with --parallel")
     if not args.round_ms > 0:
         raise ValueError(f"expected --round-ms above 0, got {args.round_ms}")
     groups: list[int | None] = []
