@@ -1,13 +1,19 @@
-"""Layouts and patterns: masks, inverted lists, and what is refused."""
+"""Layouts and patterns: masks, inverted lists, what is kept with them, and what is refused."""
 
 from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvideo.block_sparse import BlockPattern, TileLayout
+from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention
+from fastvideo.block_sparse.pattern import reusable_pattern
 
 
 def layouts(query_sizes=(3, 1, 4), key_sizes=(2, 5, 1, 3)) -> tuple[TileLayout, TileLayout]:
@@ -226,3 +232,87 @@ def test_types_and_devices_that_are_refused() -> None:
         BlockPattern.from_mask(torch.ones(4, 4, dtype=torch.bool), query, key)
     with pytest.raises(ValueError, match="one device, got"):
         BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32, device="meta"))
+
+
+def find(pattern: BlockPattern) -> BlockPattern | None:
+    """What a custom op finds by the tensors that it is handed."""
+    return reusable_pattern(pattern.indices, pattern.counts, pattern.query_tiles.offsets, pattern.key_tiles.offsets)
+
+
+def test_a_reusable_pattern_is_found_by_its_very_tensors() -> None:
+    query, key = layouts()
+    lists, counts = (
+        torch.tensor([[[[0, 1], [1, 2], [2, 3]]]], dtype=torch.int32),
+        torch.tensor([[[2, 2, 1]]], dtype=torch.int32),
+    )
+    plain = BlockPattern(query, key, lists, counts)
+    assert plain.derived is None
+    assert find(plain) is None
+    pattern = plain.reusable()
+    assert find(pattern) is pattern
+    assert find(plain) is pattern, "they are the same tensors"
+    assert pattern.query_tiles.derived == pattern.key_tiles.derived == {}
+    assert query.derived is None, "the caller's own layout keeps nothing"
+    equal = [lists.clone(), counts.clone()]
+    for other in (
+        BlockPattern(query, key, equal[0], counts),
+        BlockPattern(query, key, lists, equal[1]),
+        BlockPattern(query, key, lists),
+        BlockPattern(replace(query, offsets=query.offsets.clone()), key, lists, counts),
+        BlockPattern(query, replace(key, offsets=key.offsets.clone()), lists, counts),
+    ):
+        assert find(other) is None
+    one = BlockPattern(query, query, lists[..., :1]).reusable()
+    assert one.query_tiles is one.key_tiles
+    assert one.query_tiles.derived == {}
+    place = id(pattern.indices)
+    del pattern
+    gc.collect()
+    assert find(plain) is None, "it goes with the last reference"
+    assert id(plain.indices) == place
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_both_passes_find_a_reusable_pattern(compiles, monkeypatch) -> None:
+    found: list[BlockPattern | None] = []
+    monkeypatch.setattr(
+        "fastvideo.block_sparse.attention.reusable_pattern", lambda *x: found.append(reusable_pattern(*x)) or found[-1]
+    )
+    query, key = layouts()
+    pattern = BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32)).reusable()
+    q, k, v = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (8, 11, 11))
+    attend = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager") if compiles else block_sparse_attention
+    with torch.no_grad():
+        attend(q, k, v, pattern)
+    attend(q, k, v, pattern).sum().backward()
+    assert found == [pattern] * 3
+
+
+@pytest.mark.parametrize("name", ["indices", "counts", "query offsets", "key order"])
+def test_nothing_kept_is_used_after_a_change_in_place(name) -> None:
+    query, key = layouts()
+    lists, counts = (
+        torch.tensor([[[[0, 1], [1, 2], [2, 3]]]], dtype=torch.int32),
+        torch.tensor([[[2, 2, 1]]], dtype=torch.int32),
+    )
+    pattern = BlockPattern(query, key, lists, counts).reusable()
+    tensors = {"indices": lists, "counts": counts, "query offsets": query.offsets, "key order": key.order}
+    tensors[name].add_(0)
+    assert find(pattern) is None
+    q, k, v = (torch.randn(1, n, 2, 8) for n in (8, 11, 11))
+    lists[0, 0, 2] = torch.tensor([0, 3], dtype=torch.int32)
+    changed = block_sparse_attention(q, k, v, pattern)
+    assert torch.equal(changed, block_sparse_attention(q, k, v, BlockPattern(query, key, lists.clone(), counts)))
+
+
+def test_copies_of_a_reusable_pattern_keep_nothing() -> None:
+    query, key = layouts()
+    pattern = BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32)).reusable()
+    pattern.derived["plan"] = object()
+    for other in (copy.deepcopy(pattern), copy.copy(pattern), pickle.loads(pickle.dumps(pattern)), replace(pattern)):
+        assert other.derived is None
+        assert torch.equal(other.indices, pattern.indices)
+    assert pattern.reusable() is pattern
+    with torch.inference_mode():
+        fresh = BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32)).reusable()
+        assert find(fresh) is fresh

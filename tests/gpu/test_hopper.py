@@ -116,6 +116,37 @@ def test_same_bits_every_time(shape: str) -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("shape", ["even_64", "edges", "many_120"])
+def test_a_reusable_pattern_gives_the_same_bits(shape: str) -> None:
+    """At the first call and later, on another stream and in a graph; lists that were changed are read anew."""
+    inputs, pattern = make_inputs(shape, torch.bfloat16), make_pattern(shape)
+    reusable = pattern.reusable()
+    expected = gradients(inputs, pattern)
+    for _ in range(2):
+        assert all(map(torch.equal, gradients(inputs, reusable), expected))
+    assert sum(key[0] == "hopper plan" for key in reusable.derived if isinstance(key, tuple)) >= 2, "by query and by key"
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = make_pattern(shape).reusable()
+        first = attend(**inputs, pattern=other)
+    assert all(map(torch.equal, attend(**inputs, pattern=other), expected[:2])), "no stream has to wait for its plan"
+    graph = torch.cuda.CUDAGraph()
+    captured = make_pattern(shape).reusable()
+    with torch.cuda.graph(graph):
+        out, _ = attend(**inputs, pattern=captured)
+    assert not any(isinstance(key, tuple) for key in captured.derived), "what a graph makes belongs to the graph"
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected[0])
+    assert torch.equal(first[0], expected[0])
+    fewer = pattern.counts.clamp(max=1)
+    reusable.counts.copy_(fewer)
+    changed = attend(**inputs, pattern=BlockPattern(pattern.query_tiles, pattern.key_tiles, pattern.indices.clone(), fewer))
+    assert all(map(torch.equal, attend(**inputs, pattern=reusable), changed))
+    assert not torch.equal(changed[0], expected[0])
+
+
 def test_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, pattern = make_inputs("edges", torch.bfloat16), make_pattern("edges")
     expected = gradients(inputs, pattern)

@@ -49,7 +49,7 @@ def median_ms(call: Callable[[], object], device: torch.device, rep_ms: int = 10
     return statistics.median(times)
 
 
-def host_ms(call: Callable[[], object], device: torch.device, num_calls: int = 10, repeats: int = 7) -> float:
+def host_ms(call: Callable[[], object], device: torch.device, num_calls: int = 4, repeats: int = 9) -> float:
     """Milliseconds of the host's thread that a call takes when calls follow each other and the device lags behind.
 
     The median of `repeats` runs of `num_calls` calls, none of which waits for the device.

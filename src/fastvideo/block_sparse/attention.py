@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvideo.block_sparse.eager import eager_function, function_of
 from fastvideo.block_sparse.impl import AUTOMATIC, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
-from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
+from fastvideo.block_sparse.pattern import BlockPattern, TileLayout, reusable_pattern
 
 
 @overload
@@ -166,6 +166,9 @@ def _flatten(pattern: BlockPattern) -> tuple[Any, ...]:
 
 
 def _unflatten(indices: Tensor, counts: Tensor | None, *layouts: Any) -> BlockPattern:
+    reusable = reusable_pattern(indices, counts, layouts[0], layouts[5])
+    if reusable is not None:
+        return reusable
     return BlockPattern(TileLayout(*layouts[:5]), TileLayout(*layouts[5:]), indices, counts)
 
 

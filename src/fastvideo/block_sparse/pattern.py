@@ -10,8 +10,9 @@ Shape legend: B batch, H heads, S tokens, Nq / Nk query / key tiles, K width of 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -194,6 +195,9 @@ class BlockPattern:
         indices: `[B|1, H|1, Nq, K]` int32.
         counts: `[B|1, H|1, Nq]` int32; None means that all K entries count.
 
+    Attributes:
+        derived: What implementations keep with a reusable pattern, by their names; None where nothing is kept.
+
     Raises:
         TypeError: For index tensors that are not int32.
         ValueError: For shapes or devices that do not fit together.
@@ -209,6 +213,11 @@ class BlockPattern:
     key_tiles: TileLayout
     indices: Tensor
     counts: Tensor | None = None
+    derived: dict[Any, Any] | None = field(default=None, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies have other tensors, by which nobody finds what they keep.
+        return {**self.__dict__, "derived": None}
 
     def __post_init__(self) -> None:
         indices, counts = self.indices, self.counts
@@ -286,6 +295,33 @@ class BlockPattern:
         pattern.validate()
         return pattern
 
+    def reusable(self) -> BlockPattern:
+        """Return the pattern for many calls: what kernels make of its lists is made at the first and kept with it.
+
+        For lists that stay, such as windows: those of a sparse rule that selects anew would only take memory, 16 bytes an
+        entry forward and three times that with gradients (of the Hopper kernels; others keep nothing). It goes with the last
+        reference to the pattern. After a change of a tensor in place nothing that is kept is used any more.
+
+        Example:
+            >>> layout = TileLayout.uniform(8, 4)
+            >>> pattern = BlockPattern.from_mask(torch.eye(2, dtype=torch.bool), layout, layout).reusable()
+            >>> pattern.reusable() is pattern
+            True
+        """
+        if self.derived is not None:
+            return self
+        query_tiles = _keeping(self.query_tiles)
+        key_tiles = query_tiles if self.key_tiles is self.query_tiles else _keeping(self.key_tiles)
+        kept = replace(self, query_tiles=query_tiles, key_tiles=key_tiles)
+        object.__setattr__(kept, "derived", {_VERSIONS: kept._versions()})
+        _reusable[id(kept.indices)] = kept
+        return kept
+
+    def _versions(self) -> tuple[int | None, ...]:
+        """How often each tensor was changed in place; those of inference mode don't count."""
+        tensors = (self.indices, self.counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
+        return tuple(None if x is None or x.is_inference() else x._version for x in tensors)
+
     @property
     def _orders(self) -> tuple[Tensor | None, Tensor | None]:
         return self.query_tiles.order, self.key_tiles.order
@@ -336,6 +372,25 @@ class BlockPattern:
         bounds = torch.arange(num_key_tiles + 1, dtype=torch.int32, device=key.device)
         offsets = torch.searchsorted(key, bounds.expand(*key.shape[:2], -1).contiguous(), out_int32=True)
         return InvertedLists(offsets, (entry // width).to(torch.int32))
+
+
+# By the address of the object that its indices are: custom ops are handed tensors and no patterns.
+_reusable: weakref.WeakValueDictionary[int, BlockPattern] = weakref.WeakValueDictionary()
+_VERSIONS = "versions"
+
+
+def reusable_pattern(indices: Tensor, counts: Tensor | None, query_offsets: Tensor, key_offsets: Tensor) -> BlockPattern | None:
+    """The reusable pattern of these very tensors, unchanged since; else None."""
+    found = _reusable.get(id(indices))
+    if found is None or found.derived is None or found.indices is not indices or found.counts is not counts:
+        return None
+    if found.query_tiles.offsets is not query_offsets or found.key_tiles.offsets is not key_offsets:
+        return None
+    return found if found.derived[_VERSIONS] == found._versions() else None
+
+
+def _keeping(layout: TileLayout) -> TileLayout:
+    return layout if layout.derived is not None else replace(layout, derived={})
 
 
 def _integers(name: str, values: Iterable[Any]) -> list[int]:

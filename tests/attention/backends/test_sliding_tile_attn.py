@@ -190,6 +190,9 @@ def test_steps_share_their_tensors() -> None:
     assert first.pattern is later.pattern
     assert first.geometry is later.geometry
     assert first.pattern is not other.pattern
+    assert first.pattern.derived is not None, "and what kernels make of it"
+    per_head = build(STA_window=[(1, 3, 1), (1, 1, 1)])
+    assert per_head.pattern.derived is None, "lists of many heads are large"
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,42 @@ def test_launches_that_layouts_keep_differ_as_calls_do() -> None:
     assert sum(key[0] == "forward" for key in kept) == len(kinds)
 
 
+@pytest.mark.usefixtures("kernels_in_torch")
+@pytest.mark.parametrize(("shape", "in_step"), [("even_64", False), ("edges", False), ("even_64", True)])
+def test_a_reusable_pattern_is_planned_once(shape: str, in_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward give the same bits, and no kernel that plans or places rows runs after the first call."""
+    query_sizes, key_sizes, batch, heads = SHAPES[shape]
+    monkeypatch.setattr(launch, "_IN_STEP_BYTES", 0 if in_step else 1 << 40)
+    pattern = make_pattern(shape, ordered=True)
+    if in_step:
+        # Walks of different lengths keep no step.
+        lists = torch.arange(len(key_sizes), dtype=torch.int32).expand(1, 1, len(query_sizes), -1).contiguous()
+        pattern = replace(pattern, indices=lists, counts=None)
+    reusable = pattern.reusable()
+    num_plans, num_layouts = [], []
+    make_plan, make_layout = plan.Planner._plan, packing._pack_layout
+    monkeypatch.setattr(plan.Planner, "_plan", lambda *args: num_plans.append(1) or make_plan(*args))
+    monkeypatch.setattr(packing, "_pack_layout", lambda layout: num_layouts.append(1) or make_layout(layout))
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    query, dout = (randn(batch, sum(query_sizes), heads, 64).half() for _ in range(2))
+    key, value = (randn(batch, sum(key_sizes), heads, 64).half() for _ in range(2))
+
+    def results(pattern: BlockPattern) -> tuple[torch.Tensor, ...]:
+        out, lse = launch.forward(query, key, value, pattern, 0.3)
+        return out, lse, *launch.backward(dout, None, query, key, value, out, lse, pattern, 0.3)
+
+    expected = results(pattern)
+    num_plans.clear()
+    num_layouts.clear()
+    first = results(reusable)
+    made = len(num_plans), len(num_layouts)
+    assert made[0] > 0 < made[1]
+    for name, one, other, fresh in zip(("out", "lse", "dq", "dk", "dv"), first, results(reusable), expected, strict=True):
+        assert torch.equal(one, fresh), name
+        assert torch.equal(other, fresh), name
+    assert (len(num_plans), len(num_layouts)) == made
+
+
 class Attention(torch.autograd.Function):
     """The implementation without the custom op, which would refuse CPU tensors."""
 

@@ -118,21 +118,26 @@ def num_pieces(layout: TileLayout) -> int:
     return -(-layout.max_size // BLOCK_ROWS)
 
 
-def pack_layout(layout: TileLayout) -> PackedLayout:
-    """Place the pieces of a layout: two small kernels, or what they made for a layout that keeps it."""
-    if layout.derived is None:
-        return _pack_layout(layout)
-    packed: PackedLayout | None = layout.derived.get("hopper")
-    if packed is None:
-        packed = _pack_layout(layout)
-        if layout.offsets.is_cuda:
+def keep_made(derived: dict[Any, Any] | None, key: Any, device: torch.device, make: Callable[[], T]) -> T:
+    """What `make` gave when `key` was new, tensors that kernels write; made for each call where nothing is kept."""
+    if derived is None:
+        return make()
+    made: T | None = derived.get(key)
+    if made is None:
+        made = make()
+        if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 # What a graph makes belongs to the graph.
-                return packed
+                return made
             # Later calls read it on any stream, and nothing there waits for this one.
-            torch.cuda.current_stream(layout.offsets.device).synchronize()
-        layout.derived["hopper"] = packed
-    return packed
+            torch.cuda.current_stream(device).synchronize()
+        derived[key] = made
+    return made
+
+
+def pack_layout(layout: TileLayout) -> PackedLayout:
+    """Place the pieces of a layout: two small kernels, or what they made for a layout that keeps it."""
+    return keep_made(layout.derived, "hopper", layout.offsets.device, lambda: _pack_layout(layout))
 
 
 def _pack_layout(layout: TileLayout) -> PackedLayout:

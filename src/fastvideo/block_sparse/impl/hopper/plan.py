@@ -16,12 +16,12 @@ tests walk the same arrays in torch, since Gluon has no interpreter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastvideo.block_sparse.impl.hopper.packing import PackedLayout
+from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, keep_made
 from fastvideo.block_sparse.impl.hopper.plan_kernels import mark_kernel, plan_lists_kernel, plan_marks_kernel
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_launch import PreparedKernel
@@ -98,6 +98,7 @@ class Planner:
     def __init__(
         self, shape: torch.Size, own: PackedLayout, walked: PackedLayout, heads: tuple[int, int, int], *, by_key: bool
     ) -> None:
+        self._name = ("hopper plan", by_key, heads)
         batch, list_heads, num_queries, width = shape
         # Strides of contiguous lists, 0 where all share one.
         s_h = num_queries * width if list_heads > 1 else 0
@@ -132,6 +133,13 @@ class Planner:
             self._plan_lists = _prepare_plan_lists(lists | places, own, walked, num_heads, width)
 
     def __call__(self, pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, num_zeros: int) -> Plan:
+        if pattern.derived is None:
+            return self._plan(pattern, own, walked, num_zeros)
+        device = pattern.indices.device
+        plan = keep_made(pattern.derived, self._name, device, lambda: self._plan(pattern, own, walked, 0))
+        return replace(plan, zeros=pattern.indices.new_zeros(num_zeros)) if num_zeros else plan
+
+    def _plan(self, pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, num_zeros: int) -> Plan:
         indices = pattern.indices.contiguous()
         counts = None if pattern.counts is None else pattern.counts.contiguous()
         # One launch clears marks, what the caller counts in, and counters of what is used of the plan's room. Each begins at a
