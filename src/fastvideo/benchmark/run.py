@@ -1,9 +1,9 @@
-"""Running cases side by side: each one checked and its memory taken, then all timed in turns, forward and backward.
+"""Running cases side by side: each one tried and its memory taken, then all timed in turns, forward and backward, then checked.
 
 Cases are interleaved: a round times each of them once, and a row's time is the median of its rounds, so that a card that
-warms up or is shared treats all alike. Clocks are read after the last round, since the load that this takes would slow the
-case timed next. A card at its power limit still runs slower the longer it runs: with a rest before each timing, every one
-begins on a card that has just done nothing.
+warms up or is shared treats all alike. Clocks and errors are taken after the last round, since the load of that would slow
+what is timed next. A card at its power limit still runs slower the longer it runs: with a rest before each timing, every
+one begins on a card that has just done nothing.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def run_cases(
     checks_errors: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Check every case, then time all of them in turns.
+    """Try every case, time all of them in turns, and compare what they give.
 
     Args:
         cases: What to measure.
@@ -101,56 +101,60 @@ def run_cases(
         checks_errors: Compare with float64 on sampled heads.
         report: Is told what happens.
     """
-    rows: list[tuple[Case, dict[str, Row]]] = []
+    rows: list[tuple[Case, Row]] = []
     for case in cases:
-        report(f"checking {case.name}")
-        found = {name: _check(case, inputs, name, checks_errors=checks_errors) for name in passes}
-        rows.append((case, found))
+        report(f"trying {case.name}")
+        rows += [(case, _try(case, inputs, name)) for name in passes]
+    running = [(case, row) for case, row in rows if row.refused is None]
     for number in range(rounds):
-        for case, found in rows:
-            for name, row in found.items():
-                if row.refused is None:
-                    report(f"round {number + 1} of {rounds}: {case.name}, {name}")
-                    _time(case, inputs, row, rest)
-    for case, found in rows:
-        for row in found.values():
-            if row.rounds_ms:
-                _finish(case, inputs, row)
-    return [row for _, found in rows for row in found.values()]
+        for case, row in running:
+            report(f"round {number + 1} of {rounds}: {case.name}, {row.pass_name}")
+            _time(case, inputs, row, rest)
+    for case, row in running:
+        _finish(case, inputs, row)
+    if checks_errors:
+        for case, row in running:
+            report(f"checking {case.name}, {row.pass_name}")
+            _check(case, inputs, row)
+    return [row for _, row in rows]
 
 
-def _check(case: Case, inputs: Inputs, pass_name: str, *, checks_errors: bool) -> Row:
-    """Run a case once, with its errors and memory, or say why it doesn't run."""
+def _try(case: Case, inputs: Inputs, pass_name: str) -> Row:
+    """Run a case once, with its memory, or say why it doesn't run."""
     row = Row(case.name, pass_name, case.is_dense, case.sparsity)
     needs_grad = pass_name == "backward"
     leaves = inputs.leaves(has_gate=case.has_gate, needs_grad=needs_grad)
     device = inputs.query.device
     try:
-        saved: list[int] = []
-        with torch.set_grad_enabled(needs_grad):
-            out = _call_and_count(case, leaves, saved) if needs_grad else case.call(*leaves)
-        results = {"out": out.detach()}
         if needs_grad:
-            results |= dict(zip(("dquery", "dkey", "dvalue", "dgate"), _backward(out, leaves, inputs.dout), strict=False))
+            saved: list[int] = []
+            out = _call_and_count(case, leaves, saved)
+            _backward(out, leaves, inputs.dout)
             row.saved_gib = sum(saved) / _GIB
             gradients = sum(x.nbytes for x in leaves)
             peak = extra_peak_bytes(lambda: _backward(out, leaves, inputs.dout), device)
             row.extra_peak_gib = None if peak is None else max(0, peak - gradients) / _GIB
         else:
-            del out
+            _forward(case, leaves)
             peak = extra_peak_bytes(lambda: _forward(case, leaves), device)
             row.extra_peak_gib = None if peak is None else peak / _GIB
     except _REFUSALS as error:
         row.refused = str(error) or type(error).__name__
-        return row
-    attended = case.attended()
-    if attended.lists is not None:
-        row.overlap = list_overlap(attended.lists)
-    if checks_errors:
-        dout = inputs.dout if needs_grad else None
-        comparison = compare(attended, [x.detach() for x in leaves], dout, results)
-        row.errors, row.over_budget = comparison.errors, comparison.over_budget
     return row
+
+
+def _check(case: Case, inputs: Inputs, row: Row) -> None:
+    """Compare what a case gives with float64 on sampled heads."""
+    needs_grad = row.pass_name == "backward"
+    leaves = inputs.leaves(has_gate=case.has_gate, needs_grad=needs_grad)
+    with torch.set_grad_enabled(needs_grad):
+        out = case.call(*leaves)
+    results = {"out": out.detach()}
+    if needs_grad:
+        results |= dict(zip(("dquery", "dkey", "dvalue", "dgate"), _backward(out, leaves, inputs.dout), strict=False))
+    del out
+    comparison = compare(case.attended(), [x.detach() for x in leaves], inputs.dout if needs_grad else None, results)
+    row.errors, row.over_budget = comparison.errors, comparison.over_budget
 
 
 def _forward(case: Case, leaves: Sequence[Tensor]) -> Tensor:
@@ -202,6 +206,9 @@ def _finish(case: Case, inputs: Inputs, row: Row) -> None:
     operations = (4 if row.pass_name == "forward" else 10) * inputs.query.shape[-1]
     row.tflops_real = operations * case.real_pairs() / row.ms / 1e9
     row.tflops_padded = operations * case.padded_pairs / row.ms / 1e9
+    attended = case.attended()
+    if attended.lists is not None:
+        row.overlap = list_overlap(attended.lists)
     for call in _calls(case, inputs, row.pass_name):
         if (clock := sm_clock_mhz(call, inputs.query.device)) is not None:
             row.clock_mhz, row.power_w = clock
