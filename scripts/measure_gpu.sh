@@ -50,6 +50,13 @@ for part in $parts; do
             bench fine-49k-tile64 150 fine-49k-tile64 --backends VIDEO_SPARSE_ATTN --impls hopper triton cudnn flex --inputs random video-like
             bench fine-92k-tile64 150 fine-92k-tile64 --backends VIDEO_SPARSE_ATTN --impls hopper triton cudnn --inputs random video-like --rounds 2
             bench fine-49k-tile128 150 fine-49k-tile128 --backends VIDEO_SPARSE_ATTN --impls hopper triton flash flex
+            # The same from a card that has just done nothing.
+            for shape in fine-49k-tile64 fine-92k-tile64; do
+                bench "$shape-forward-at-rest" 90 "$shape" --backends VIDEO_SPARSE_ATTN --impls hopper cudnn --passes forward --rest 1 \
+                    --inputs random video-like
+                bench "$shape-at-rest" 120 "$shape" --backends VIDEO_SPARSE_ATTN --impls hopper cudnn --rest 1 --inputs random video-like
+            done
+            bench fine-49k-tile128-at-rest 90 fine-49k-tile128 --backends VIDEO_SPARSE_ATTN --impls hopper flash --rest 1
             ;;
         sweep)
             bench sparsity-480p 200 wan2.1-1.3b-480p --impls auto --sparsities 0.5 0.7 0.8 0.9 0.95 --no-errors --plot "$folder/sparsity-480p.png"
