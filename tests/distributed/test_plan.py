@@ -156,10 +156,30 @@ def test_pieces_of_heads_travel_while_others_are_computed() -> None:
         assert free[name].time < pieces[name].time < whole[name].time
         assert pieces[name].num_bytes == whole[name].num_bytes
     assert pieces["ring"] == whole["ring"]
-    assert plan(48, None, 75_600, 2) == plan(48, None, 75_600, 2, head_groups=1), "one group"
     uneven = plan(40, None, 75_600, 16, head_groups=4)
     (ulysses,) = [layout for layout in uneven.layouts if layout.name == "ulysses"]
     assert ulysses.forward.exposed == ulysses.forward.communication, "40 heads don't divide by 16 ranks"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"ulysses": 3, "gather": 1, "ring": 1, "ulysses+ring": 1, "ulysses+gather": 1}),
+        ({"needs_grad": True}, {"ulysses": 1}),
+        ({"seq": 1024}, {"ulysses": 1}),
+        ({"sparsity": 0.9, "needs_grad": True}, {"ulysses": 3}),
+        ({"kv_heads": 8}, {"ulysses": 2}),
+        ({"kv_heads": 10}, {"ulysses": 1}),
+        ({"links": LinkModel(ranks_per_node=2)}, {"ulysses": 1}),
+        ({"head_groups": 1}, {"ulysses": 1, "gather": 1}),
+        ({"head_groups": 4}, {"ulysses": 4, "gather": 4, "ring": 1, "ulysses+ring": 4, "ulysses+gather": 4}),
+        ({"head_groups": 4, "causal": True}, {"ulysses": 4, "gather": 1, "ulysses+gather": 4}),
+    ],
+)
+def test_groups_of_heads_are_those_of_layers(changes, expected) -> None:
+    found = plan(**{"heads": 40, "kv_heads": None, "seq": 75_600, "world_size": 4, **changes})
+    counts = {layout.name: layout.head_groups for layout in found.layouts}
+    assert {name: counts[name] for name in expected} == expected
 
 
 def test_the_host_counts_where_it_is_slower_than_the_device() -> None:
@@ -226,7 +246,7 @@ def test_it_prints_and_becomes_json() -> None:
     found = plan(40, 8, 75_600, 8, needs_grad=True, replicated=226)
     lines = str(found).splitlines()
     assert lines[0].startswith("8 × H200, 8 a node; forward and backward; one device: ")
-    assert " ".join(lines[1].split()) == "layout ring ulysses heads tokens padding moved exposed time efficiency"
+    assert " ".join(lines[1].split()) == "layout ring ulysses heads groups tokens padding moved exposed time efficiency"
     assert len(lines) == 4 + len(found.layouts)
     assert lines[-1] == f"best: {found.best.name} (ring={found.best.ring}, ulysses={found.best.ulysses})"
     data = json.loads(json.dumps(found.as_dict()))

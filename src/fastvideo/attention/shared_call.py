@@ -19,7 +19,7 @@ from fastvideo.distributed.layouts import Layout
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
 from fastvideo.distributed.shards import resolve_lengths, rows_of_mesh
-from fastvideo.distributed.ulysses import share_heads
+from fastvideo.distributed.ulysses import groups_that_pay, share_heads
 from fastvideo.forward_context import thread_state
 
 __all__ = [
@@ -34,12 +34,6 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-
-_WORK_WORTH_GROUPS = 5 << 24
-"""Elements of a device's queries from which on groups of heads pay for their launches.
-
-At 720p two and four H200s gain by three groups; with half of four cards' work these would be as slow as their host.
-"""
 
 
 @dataclass(frozen=True)
@@ -253,18 +247,15 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
 def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_sparse: bool) -> int:
     """Return into how many groups heads are cut on their way: at most `wanted`, where heads divide by the devices.
 
-    `None` wants three where they hide something: by copy engines, in attention of much work. With a gradient, whose backward
-    pass has thrice the work to hide an exchange behind, only in sparse attention between more than two devices. Dense
-    attention takes so long that its exchange counts between more than two devices alone, where heads are swapped for tokens
-    and nothing else travels. NCCL's kernels take multiprocessors from attention.
+    `None` wants those that pay over copy engines; NCCL's kernels take multiprocessors from attention.
     """
     if sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
         return 1
     own_heads, rest = divmod(call.key.shape[2], layout.ulysses.size)
     if wanted is None:
         batch, _, num_heads, head_size = call.query.shape
-        work = batch * sum(call.lengths) * num_heads // layout.ulysses.size * head_size
-        are_many, has_grad = layout.ulysses.size > 2, call.needs_grad
-        counts = are_many or not has_grad if is_sparse else are_many and not has_grad and layout.ring.size == 1
-        wanted = 3 if counts and exchange_kind(call.query.device) == "direct" and work >= _WORK_WORTH_GROUPS else 1
+        ring, ulysses = layout.ring.size, layout.ulysses.size
+        elements = batch * sum(call.lengths) * num_heads // ulysses * head_size
+        pay = groups_that_pay(elements, ulysses, ring, is_sparse=is_sparse, needs_grad=call.needs_grad)
+        wanted = pay if exchange_kind(call.query.device) == "direct" else 1
     return 1 if rest else max(1, min(wanted, own_heads))

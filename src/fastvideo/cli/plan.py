@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, help="share of key tiles that sparse attention skips")
     parser.add_argument("--gate", action="store_true", help="a gate of sparse attention travels too")
     parser.add_argument(
-        "--head-groups", type=int, help="pieces of heads, of which one travels while another computes; by default one"
+        "--head-groups",
+        type=int,
+        help="pieces of heads, of which one travels while another computes; by default as layers choose",
     )
     parser.add_argument("--grad", action="store_true", help="a backward pass follows, and counts")
     parser.add_argument("--ranks-per-node", type=int, default=LinkModel.ranks_per_node)

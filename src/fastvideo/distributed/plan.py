@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastvideo.distributed.plan_cost import H200, HGX, Call, Cost, DeviceModel, LinkModel, cost_of, shares_of
+from fastvideo.distributed.ulysses import groups_that_pay
 
 __all__ = ["DeviceModel", "LinkModel", "Plan", "PlannedLayout", "plan"]
 
@@ -32,6 +33,7 @@ class PlannedLayout:
         reasons: Why it can't be; empty for a legal one.
         heads: Query heads of the busiest rank.
         kv_heads: Key heads that it holds.
+        head_groups: Pieces of its heads, of which one travels while another is computed.
         tokens: Queries that it works on, per head.
         padding: Work of the busiest rank beyond the average, as a share of the average: what heads or tokens that don't divide
             cost. Nothing is really padded; the other ranks wait, and with more ranks than heads some have nothing to do.
@@ -46,6 +48,7 @@ class PlannedLayout:
     reasons: tuple[str, ...]
     heads: int
     kv_heads: int
+    head_groups: int
     tokens: int
     padding: float
     kv_bytes: float
@@ -110,7 +113,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        titles = ["layout", "ring", "ulysses", "heads", "tokens", "padding", "moved", "exposed", "time", "efficiency"]
+        titles = ["layout", "ring", "ulysses", "heads", "groups", "tokens", "padding", "moved", "exposed", "time", "efficiency"]
         rows = [titles, *(self._row(layout) for layout in self.layouts)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -128,12 +131,13 @@ class Plan:
     def _row(self, layout: PlannedLayout) -> list[str]:
         cells = [layout.name, str(layout.ring), str(layout.ulysses)]
         if not layout.is_legal:
-            return [*cells, *["-"] * 7]
+            return [*cells, *["-"] * 8]
         passes = (layout.forward, layout.backward) if self.needs_grad else (layout.forward,)
         time = self.time(layout)
         return [
             *cells,
             str(layout.heads),
+            str(layout.head_groups),
             str(layout.tokens),
             f"{layout.padding:.1%}",
             _bytes(sum(cost.num_bytes for cost in passes)),
@@ -178,7 +182,8 @@ def plan(
         causal: Each query sees only keys up to its own position.
         sparsity: Share of key tiles that a query tile skips, in [0, 1), for sparse attention; `None` means dense.
         has_gate: A gate of sparse attention travels with the query; dense attention has none.
-        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; `None` is one.
+        head_groups: Pieces of each rank's heads at most, of which one travels while another is computed; `None` is the number
+            that layers choose, see `groups_that_pay`, where all ranks are of one node.
         needs_grad: A backward pass follows and counts.
         mesh: Sizes of the mesh's dims ring and ulysses where the caller has one; others are then refused.
         device: How fast a device is.
@@ -198,10 +203,9 @@ def plan(
     """
     kv_heads = heads if kv_heads is None else kv_heads
     key_len = seq if cross_seq is None else cross_seq
-    head_groups = 1 if head_groups is None else head_groups
     _check_sizes(
         heads=heads, kv_heads=kv_heads, seq=seq, world_size=world_size, head_size=head_size, batch=batch, cross_seq=key_len,
-        head_groups=head_groups, replicated=replicated,
+        head_groups=1 if head_groups is None else head_groups, replicated=replicated,
     )  # fmt: skip
     if heads % kv_heads:
         raise ValueError(f"expected kv_heads to divide heads, got {heads} and {kv_heads}")
@@ -216,36 +220,50 @@ def plan(
         mesh = _checked_mesh(mesh, world_size)
     call = Call(
         heads, kv_heads, seq, key_len, head_size, batch, _dtype(dtype).itemsize,
-        replicated, causal, sparsity is not None, sparsity or 0.0, has_gate, head_groups,
+        replicated, causal, sparsity is not None, sparsity or 0.0, has_gate,
     )  # fmt: skip
-    return _plan(call, world_size, needs_grad, mesh, device, links)
+    return _plan(call, world_size, head_groups, needs_grad, mesh, device, links)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(
     call: Call,
     world_size: int,
+    head_groups: int | None,
     needs_grad: bool,
     mesh: tuple[int, int] | None,
     device: DeviceModel,
     links: LinkModel,
 ) -> Plan:
     layouts = []
+    is_one_node = world_size <= links.ranks_per_node
     for name, ring, ulysses in _candidates(world_size):
         part = shares_of(call, ring, ulysses)
         gathers = name.endswith("gather")
         rows_held = call.key_len if gathers or ring == 1 else min(2, ring) * part.keys
         kv_bytes = call.size(rows_held + call.replicated, 2 * part.kv_heads)
         average = call.heads * call.seq / world_size
-        forward, backward = (cost_of(call, ring, ulysses, gathers, b, device, links) for b in (False, True))
+        pieces = _pieces(call, ring, ulysses, gathers, head_groups, needs_grad, is_one_node)
+        forward, backward = (cost_of(call, ring, ulysses, gathers, pieces, b, device, links) for b in (False, True))
         reasons = tuple(_reasons(call, ring, ulysses, mesh, kv_bytes, world_size, device))
         padding = part.heads * part.rows / average - 1
-        sizes = (part.heads, part.kv_heads, part.rows, padding, kv_bytes)
+        sizes = (part.heads, part.kv_heads, pieces, part.rows, padding, kv_bytes)
         layouts.append(PlannedLayout(name, ring, ulysses, reasons, *sizes, forward, backward))
-    alone = [cost_of(call, 1, 1, False, backward, device, links).time for backward in (False, True)]
+    alone = [cost_of(call, 1, 1, False, 1, backward, device, links).time for backward in (False, True)]
     found = Plan(call, world_size, needs_grad, device, links, (), alone[0] + (alone[1] if needs_grad else 0.0))
     layouts.sort(key=lambda layout: (not layout.is_legal, found.time(layout)))
     return Plan(call, world_size, needs_grad, device, links, tuple(layouts), found.one_device)
+
+
+def _pieces(call: Call, ring: int, ulysses: int, gathers: bool, wanted: int | None, needs_grad: bool, is_one_node: bool) -> int:
+    """Return into how many pieces each rank's heads are cut."""
+    if call.kv_heads % ulysses or (ulysses == 1 and (call.causal or not gathers)):
+        return 1
+    if wanted is None:
+        elements = call.batch * call.seq * call.heads // ulysses * call.head_size
+        pay = groups_that_pay(elements, ulysses, ring, is_sparse=call.is_sparse, needs_grad=needs_grad)
+        wanted = pay if is_one_node else 1
+    return min(wanted, call.kv_heads // ulysses)
 
 
 def _candidates(world_size: int) -> Iterator[tuple[str, int, int]]:

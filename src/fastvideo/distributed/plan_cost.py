@@ -106,7 +106,6 @@ class Call:
         is_sparse: A query selects tiles of keys.
         sparsity: Share of the keys that it skips.
         has_gate: A gate like the query travels too.
-        head_groups: Pieces of each rank's heads, of which one travels while another is computed; see `group_lengths`.
     """
 
     heads: int
@@ -121,19 +120,14 @@ class Call:
     is_sparse: bool = False
     sparsity: float = 0.0
     has_gate: bool = False
-    head_groups: int = 1
 
     def work(self, rows: float, keys: float, heads: float) -> float:
         """Return the forward FLOP of `rows` queries over `keys` keys."""
         return 4.0 * self.batch * rows * keys * heads * self.head_size * (1 - self.sparsity) * (0.5 if self.causal else 1.0)
 
-    def pieces(self, ulysses: int) -> int:
-        """Return into how many pieces each rank's heads are cut, where they divide by the ranks."""
-        return 1 if self.kv_heads % ulysses else min(self.head_groups, self.kv_heads // ulysses)
-
-    def exposed_share(self, ulysses: int) -> float:
+    def exposed_share(self, ulysses: int, pieces: int) -> float:
         """Return the share of an exchange that nothing hides: the way here of the first piece, and the way back of the last."""
-        lengths = group_lengths(max(1, self.kv_heads // ulysses), self.pieces(ulysses))
+        lengths = group_lengths(max(1, self.kv_heads // ulysses), pieces)
         return lengths[0] / sum(lengths)
 
     def size(self, tokens: float, heads: float) -> float:
@@ -212,7 +206,9 @@ def shares_of(call: Call, ring: int, ulysses: int) -> _Shares:
     )
 
 
-def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, device: DeviceModel, links: LinkModel) -> Cost:
+def cost_of(
+    call: Call, ring: int, ulysses: int, gathers: bool, pieces: int, backward: bool, device: DeviceModel, links: LinkModel
+) -> Cost:
     """Return what one pass of a layout costs the busiest rank.
 
     Args:
@@ -220,6 +216,7 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
         ring: Ranks that share keys, the mesh's outer dim.
         ulysses: Ranks that swap heads for tokens, its inner dim.
         gathers: Keys are gathered at once and not fetched in turn.
+        pieces: Pieces of each rank's heads, of which one travels while another is computed; see `group_lengths`.
         backward: The backward pass, alone.
         device: The device.
         links: The links.
@@ -228,17 +225,15 @@ def cost_of(call: Call, ring: int, ulysses: int, gathers: bool, backward: bool, 
     more = call.replicated
     work = call.work(part.rows + more, call.key_len + more, part.heads) * (2.5 if backward else 1.0)
     compute = work / device.rate(call, backward) + device.launch
-    swap_time, copies = _swap(call, part, ulysses, backward, device, links)
-    share_time, more_trips = _share_keys(call, part, ring, ulysses, gathers, backward, links)
+    swap_time, copies = _swap(call, part, ulysses, pieces, backward, device, links)
+    share_time, more_trips = _share_keys(call, part, ring, ulysses, gathers, pieces, backward, links)
     hidden = lost = 0.0
     if ring > 1 and not gathers:
         compute += _merging(call, part, ring, backward, device)
         # The first of R parts needs no keys of others, and the keys of each other part travel during the one before it.
         hidden = (ring - 1) * min(compute / ring, share_time / (ring - 1))
         lost = hidden * _contention(_where(ring, ulysses, links))
-    pieces, exposed = 1, 1.0
-    if ring == 1 or ulysses > 1 or gathers:
-        pieces, exposed = call.pieces(ulysses), call.exposed_share(ulysses)
+    exposed = call.exposed_share(ulysses, pieces)
     for seconds, where in (
         (swap_time, _where(ulysses, 1, links)),
         (share_time if gathers and not call.causal else 0.0, _where(ring, ulysses, links)),
@@ -275,13 +270,12 @@ def _host(call: Call, ring: int, ulysses: int, gathers: bool, pieces: int, backw
 
 
 def _swap(
-    call: Call, part: _Shares, ulysses: int, backward: bool, device: DeviceModel, links: LinkModel
+    call: Call, part: _Shares, ulysses: int, pieces: int, backward: bool, device: DeviceModel, links: LinkModel
 ) -> tuple[float, float]:
     """Return the seconds of the swap of heads for tokens, there and back, and those of packing."""
     if ulysses == 1:
         return 0.0, 0.0
     num_like_query = 2 if call.has_gate else 1
-    pieces = call.pieces(ulysses)
     seconds = _exchange(part.swapped, _where(ulysses, 1, links))
     seconds += (num_like_query + 3) * pieces * (links.latency + (ulysses - 1) * links.peer_latency)
     packed = call.size(part.own_rows, call.heads)
@@ -292,17 +286,16 @@ def _swap(
 
 
 def _share_keys(
-    call: Call, part: _Shares, ring: int, ulysses: int, gathers: bool, backward: bool, links: LinkModel
+    call: Call, part: _Shares, ring: int, ulysses: int, gathers: bool, pieces: int, backward: bool, links: LinkModel
 ) -> tuple[float, float]:
     """Return the seconds of the exchange of keys along the ring, and the bytes that it moves beyond them once."""
     if ring == 1:
         return 0.0, 0.0
     where = _where(ring, ulysses, links)
-    pieces = 1 if call.causal else call.pieces(ulysses)
     # Causal queries go to the balanced pieces, outputs come back; in a ring the keys and values go too.
     regrouped = call.size(part.rows, 2 * part.heads) if call.causal else 0.0
     if gathers:
-        latency = 2 * pieces * (links.latency + (ring - 1) * links.peer_latency)
+        latency = 2 * (1 if call.causal else pieces) * (links.latency + (ring - 1) * links.peer_latency)
         return _exchange(part.shared + regrouped, where) + latency, regrouped
     if call.causal:
         regrouped += call.size(part.keys, 2 * part.kv_heads)

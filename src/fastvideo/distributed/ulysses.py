@@ -24,6 +24,7 @@ __all__ = [
     "cut_heads",
     "exchange_mask",
     "group_lengths",
+    "groups_that_pay",
     "head_route",
     "heads_to_tokens",
     "join_heads",
@@ -31,6 +32,13 @@ __all__ = [
     "token_route",
     "tokens_to_heads",
 ]
+
+
+_WORK_WORTH_GROUPS = 5 << 24
+"""Elements of a device's queries from which on groups of heads pay for their launches.
+
+At 720p two and four H200s gain by three groups; with half of four cards' work these would be as slow as their host.
+"""
 
 
 class HeadShares(NamedTuple):
@@ -105,6 +113,29 @@ def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None
             f"{num_heads} query and {num_kv_heads} key heads can't be divided over {group.size} devices by Ulysses; "
             f"{', '.join(map(str, fitting))} devices would fit"
         )
+
+
+def groups_that_pay(elements: int, ulysses: int, ring: int, *, is_sparse: bool, needs_grad: bool) -> int:
+    """Return into how many groups heads are best cut where copy engines carry them, so that one travels behind another's work.
+
+    Three, where they hide something: in attention of much work. With a gradient, whose backward pass has thrice the work to
+    hide an exchange behind, only in sparse attention between more than two ranks. Dense attention takes so long that its
+    exchange counts between more than two ranks alone, where heads are swapped for tokens and nothing else travels.
+
+    Args:
+        elements: Those of a rank's queries.
+        ulysses: Ranks that swap heads for tokens.
+        ring: Ranks that share keys.
+        is_sparse: A query selects tiles of keys.
+        needs_grad: A backward pass follows.
+
+    Example:
+        >>> groups_that_pay(75_600 * 10 * 128, 4, 1, is_sparse=False, needs_grad=False)
+        3
+    """
+    are_many = ulysses > 2
+    hides = are_many or not needs_grad if is_sparse else are_many and ring == 1 and not needs_grad
+    return 3 if hides and elements >= _WORK_WORTH_GROUPS else 1
 
 
 def group_lengths(num_heads: int, num_groups: int) -> tuple[int, ...]:
