@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention, impl
+from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention, impl, video_sparse_attention
 from fastvideo.block_sparse.attention import _backward_op, _flatten, _forward_op
 from fastvideo.block_sparse.impl import portable
 from fastvideo.testing import assert_op_within_budget, reference_attention
@@ -302,3 +303,35 @@ def test_bad_input(changes, error, text) -> None:
     arguments = {**make_inputs("uniform", torch.float32), "pattern": make_pattern("uniform"), **changes}
     with pytest.raises(error, match=text):
         block_sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize("carries", ["query", "key", "value", "gate"])
+@pytest.mark.parametrize("by", ["dual_level", "jvp"])
+def test_forward_mode_derivatives_are_refused(by, carries) -> None:
+    """A custom op drops tangents without a word, and its result would have one of zero."""
+    layout = TileLayout.uniform(8, 4)
+    pattern = BlockPattern.from_mask(torch.eye(2, dtype=torch.bool), layout, layout)
+    inputs = {name: torch.randn(1, 8, 2, 8) for name in ("query", "key", "value", "gate")}
+
+    def layer(x: torch.Tensor, **changes) -> torch.Tensor:
+        return video_sparse_attention(**{**inputs, carries: x, **changes}, grid_tyx=(2, 2, 2), sparsity=0.5, tile_tyx=(1, 2, 2))
+
+    learned = {name: x.clone().requires_grad_() for name, x in inputs.items() if name != carries}
+
+    def fine(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = ({**inputs, carries: x}[name] for name in ("query", "key", "value"))
+        return block_sparse_attention(q, k, v, pattern)
+
+    def differentiated(attend, x: torch.Tensor) -> None:
+        if by == "jvp":
+            torch.func.jvp(attend, (x,), (torch.ones_like(x),))
+        else:
+            with forward_ad.dual_level():
+                attend(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    # With inputs that require a gradient, torch itself refuses under `jvp`.
+    for attend in (layer, *([] if by == "jvp" else [partial(layer, **learned)]), *([] if carries == "gate" else [fine])):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            differentiated(attend, inputs[carries].clone())
+    with forward_ad.dual_level():
+        assert layer(inputs[carries]).shape == inputs[carries].shape, "a level alone is no tangent"

@@ -76,7 +76,8 @@ def block_sparse_attention(
     Raises:
         TypeError: For tensors that are not floating point, or something else in the place of a tensor or the pattern.
         ValueError: For shapes, dtypes, devices or a scale that do not fit, or an `impl` that nobody knows.
-        NotImplementedError: When `impl` (or every implementation) can't run the call; lists all reasons.
+        NotImplementedError: When `impl` (or every implementation) can't run the call; lists all reasons. Also for tensors with
+            a forward-mode tangent.
 
     Example:
         >>> layout = TileLayout.uniform(8, 4)

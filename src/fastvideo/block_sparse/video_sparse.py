@@ -87,6 +87,7 @@ def video_sparse_attention(
         TypeError: For tensors that are not floating point, something else in the place of a tensor, and a `num_kept` that
             isn't an integer.
         ValueError: For shapes, dtypes, devices, a grid, a scale or a sparsity that do not fit, or an `impl` that nobody knows.
+        NotImplementedError: When `impl` (or every implementation) can't run the call; for tensors with a forward-mode tangent.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 64, 2, 8).unbind(0)
