@@ -236,7 +236,7 @@ def test_types_and_devices_that_are_refused() -> None:
 
 def find(pattern: BlockPattern) -> BlockPattern | None:
     """What a custom op finds by the tensors that it is handed."""
-    return reusable_pattern(pattern.indices, pattern.counts, pattern.query_tiles.offsets, pattern.key_tiles.offsets)
+    return reusable_pattern(pattern.indices, pattern.counts, replace(pattern.query_tiles), replace(pattern.key_tiles))
 
 
 def test_a_reusable_pattern_is_found_by_its_very_tensors() -> None:
@@ -260,6 +260,8 @@ def test_a_reusable_pattern_is_found_by_its_very_tensors() -> None:
         BlockPattern(query, key, lists),
         BlockPattern(replace(query, offsets=query.offsets.clone()), key, lists, counts),
         BlockPattern(query, replace(key, offsets=key.offsets.clone()), lists, counts),
+        BlockPattern(replace(query, order=query.order.flip(0)), key, lists, counts),
+        BlockPattern(query, replace(key, order=None), lists, counts),
     ):
         assert find(other) is None
     one = BlockPattern(query, query, lists[..., :1]).reusable()

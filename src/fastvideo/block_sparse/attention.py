@@ -167,10 +167,9 @@ def _flatten(pattern: BlockPattern) -> tuple[Any, ...]:
 
 
 def _unflatten(indices: Tensor, counts: Tensor | None, *layouts: Any) -> BlockPattern:
-    reusable = reusable_pattern(indices, counts, layouts[0], layouts[5])
-    if reusable is not None:
-        return reusable
-    return BlockPattern(TileLayout(*layouts[:5]), TileLayout(*layouts[5:]), indices, counts)
+    query_tiles, key_tiles = TileLayout(*layouts[:5]), TileLayout(*layouts[5:])
+    reusable = reusable_pattern(indices, counts, query_tiles, key_tiles)
+    return BlockPattern(query_tiles, key_tiles, indices, counts) if reusable is None else reusable
 
 
 @torch.library.custom_op("fastvideo::block_sparse_attention", mutates_args=())

@@ -379,14 +379,21 @@ _reusable: weakref.WeakValueDictionary[int, BlockPattern] = weakref.WeakValueDic
 _VERSIONS = "versions"
 
 
-def reusable_pattern(indices: Tensor, counts: Tensor | None, query_offsets: Tensor, key_offsets: Tensor) -> BlockPattern | None:
+def reusable_pattern(
+    indices: Tensor, counts: Tensor | None, query_tiles: TileLayout, key_tiles: TileLayout
+) -> BlockPattern | None:
     """The reusable pattern of these very tensors, unchanged since; else None."""
     found = _reusable.get(id(indices))
     if found is None or found.derived is None or found.indices is not indices or found.counts is not counts:
         return None
-    if found.query_tiles.offsets is not query_offsets or found.key_tiles.offsets is not key_offsets:
+    if not (_are_one(found.query_tiles, query_tiles) and _are_one(found.key_tiles, key_tiles)):
         return None
     return found if found.derived[_VERSIONS] == found._versions() else None
+
+
+def _are_one(layout: TileLayout, other: TileLayout) -> bool:
+    """Whether two layouts have the same tensors, and so the same tiles."""
+    return layout.offsets is other.offsets and layout.order is other.order and layout.num_tokens == other.num_tokens
 
 
 def _keeping(layout: TileLayout) -> TileLayout:
