@@ -236,7 +236,7 @@ def test_neighbours_share_loads(shape: str, overlap: float, num_programs: int, m
     pattern, inputs = neighbours(shape, overlap), NEIGHBOURS.make_inputs(shape, torch.bfloat16)
     own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
     total = pattern.indices.shape[:2].numel()
-    walks = plan.plan_queries(pattern, own, walked, 0, total, total)
+    walks = plan.planner_of(pattern, own, walked, (0, total, total))(pattern, own, walked, 0)
     shared = walks.meta[:, : int(own.counts[1]), 6]
     assert int(shared.sum()) > 0
     if num_programs == 132:

@@ -46,6 +46,17 @@ def make_pattern(shape: str, *, ordered: bool, shared: bool = False) -> BlockPat
     return BlockPattern.from_mask(mask, *layouts)
 
 
+def walks_of(
+    pattern: BlockPattern,
+    own: packing.PackedLayout,
+    walked: packing.PackedLayout,
+    heads: tuple[int, int, int],
+    *,
+    by_key: bool = False,
+) -> plan.Plan:
+    return plan.planner_of(pattern, own, walked, heads, by_key=by_key)(pattern, own, walked, 0)
+
+
 def tokens_of(packed: packing.PackedLayout) -> torch.Tensor:
     if packed.row_token is None:
         return torch.arange(packed.max_rows)
@@ -146,8 +157,7 @@ def test_walks_meet_what_the_pattern_lists(
     batch, heads = SHAPES[shape][2:]
     layouts = [packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles)]
     own, walked = layouts[::-1] if by_key else layouts
-    planner = plan.plan_keys if by_key else plan.plan_queries
-    walks = planner(pattern, own, walked, 0, batch * heads, batch * heads)
+    walks = walks_of(pattern, own, walked, (0, batch * heads, batch * heads), by_key=by_key)
     check_walks(walks, pattern, own, walked, by_key)
 
 
@@ -211,7 +221,7 @@ def test_partners_share_what_both_list(
     monkeypatch.setattr(plan, "_MARK_CHUNK", chunk)
     monkeypatch.setattr(plan, "_CHUNK", chunk)
     monkeypatch.setattr(plan, "_LEAST_SHARED", least)
-    walks = plan.plan_queries(pattern, own, walked, 0, 2, 2)
+    walks = walks_of(pattern, own, walked, (0, 2, 2))
     check_walks(walks, pattern, own, walked)
     if overlap == 1.0 or kind == "two_blocks":
         assert int(walks.meta[:, : int(own.counts[1]), 6].sum()) > 0
@@ -287,7 +297,7 @@ def test_half_steps_follow_real_tokens() -> None:
     queries, keys = TileLayout.uniform(64, 64), TileLayout.from_sizes([64] + [16] * 8)
     pattern = BlockPattern.from_mask(torch.ones(1, 9, dtype=torch.bool), queries, keys)
     own, walked = packing.pack_layout(queries), packing.pack_layout(keys)
-    walks = plan.plan_queries(pattern, own, walked, 0, 1, 1)
+    walks = walks_of(pattern, own, walked, (0, 1, 1))
     assert walks.meta[0, 0, 2:].tolist() == [0, 0, 2, 3, 0, 2]
 
 
@@ -298,7 +308,7 @@ def test_walks_of_tiles_of_two_blocks_have_room(sizes: list[int], by_key: bool) 
     layout = TileLayout.from_sizes(sizes) if len(set(sizes)) > 1 else TileLayout.uniform(sum(sizes), sizes[0])
     pattern = BlockPattern.from_mask(torch.ones(24, 24, dtype=torch.bool), layout, layout)
     packed = packing.pack_layout(layout)
-    walks = (plan.plan_keys if by_key else plan.plan_queries)(pattern, packed, packed, 0, 1, 1)
+    walks = walks_of(pattern, packed, packed, (0, 1, 1), by_key=by_key)
     row, mask, clean_steps, box_steps, _, halves, shared, _ = walks.meta[0, : int(packed.counts[1])].unbind(-1)
     assert (halves >= 48).all()
     assert int((row + 2 * box_steps - shared + 4 * (halves - 2 * box_steps)).max()) <= walks.rows.shape[1]
@@ -358,7 +368,7 @@ def test_packed_keys_carry_the_sign_of_the_scale(sign: int) -> None:
 def test_shared_lists_are_planned_once() -> None:
     pattern = make_pattern("edges", ordered=False, shared=True)
     own, walked = (packing.pack_layout(x) for x in (pattern.query_tiles, pattern.key_tiles))
-    assert plan.plan_queries(pattern, own, walked, 3, 2, 8).rows.shape[0] == 1
+    assert walks_of(pattern, own, walked, (3, 2, 8)).rows.shape[0] == 1
 
 
 def queues_of(lengths: torch.Tensor, num_blocks: int, num_queues: int) -> list[list[int]]:
@@ -367,7 +377,8 @@ def queues_of(lengths: torch.Tensor, num_blocks: int, num_queues: int) -> list[l
     meta = torch.full((2 * heads, max_blocks, 8), -1, dtype=torch.int32)
     meta[::2, :, 5], meta[1::2, :, 5] = lengths // 3, lengths - lengths // 3
     own = types.SimpleNamespace(max_blocks=max_blocks, counts=torch.tensor([0, num_blocks], dtype=torch.int32))
-    found, places, ends = queues.fill_queues(plan.Plan(meta, meta, meta), own, heads, 2, num_queues)
+    fill = queues.QueueFiller(own, heads, 2, num_queues, max_blocks)
+    places, ends, found = fill(plan.Plan(meta, meta, meta), own)
     assert torch.equal(found[:, :num_blocks], lengths[:, :num_blocks].int())
     assert (ends % num_queues).tolist() == list(range(num_queues))
     return [places[: end // num_queues, i].tolist() for i, end in enumerate(ends.tolist())]

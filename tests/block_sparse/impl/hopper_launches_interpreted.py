@@ -221,8 +221,12 @@ def test_launches_that_layouts_keep_differ_as_calls_do() -> None:
         counts = torch.full(lists.shape[:3], width - 1, dtype=torch.int32) if has_counts else None
         added = GatedTiles(gate, randn(1, 4, heads, 64).half()) if has_gate else None
         out, lse = torch.empty(1, 114, heads, 64).half(), torch.empty(1, 114, heads)
-        launch.forward_into(query, key, value, BlockPattern(*layouts, lists, counts), scale, out, lse, added)
-        return out, lse
+        pattern = BlockPattern(*layouts, lists, counts)
+        launch.forward_into(query, key, value, pattern, scale, out, lse, added)
+        # Gradients reach calls with a gate in strides of their own, and without one with that of the log-sum-exp.
+        dout = randn(1, 114, heads, 72).half()[..., :64] if has_gate else randn(1, 114, heads, 64).half()
+        dlse = None if has_gate else randn(1, 114, heads)
+        return out, lse, *launch.backward(dout, dlse, query, key, value, out, lse, pattern, scale)
 
     kinds = [(2, 2, 0.3, 2, False, True), (2, 2, -0.3, 2, False, True), (2, 2, 0.3, 3, False, True), (2, 2, 0.3, 2, True, True)]
     kinds += [
@@ -232,10 +236,12 @@ def test_launches_that_layouts_keep_differ_as_calls_do() -> None:
         (2, 2, 0.0, 2, False, True),
     ]
     for kind in (*kinds, kinds[0]):
-        for name, x, expected in zip(("out", "lse"), results(keeping, *kind), results(layouts, *kind), strict=True):
+        pairs = zip(results(keeping, *kind), results(layouts, *kind), strict=True)
+        for name, (x, expected) in zip(("out", "lse", "dquery", "dkey", "dvalue"), pairs, strict=True):
             assert torch.equal(x, expected), (name, kind)
     kept = packing.pack_layout(keeping[0]).kept
-    assert sum(key[0] == "forward" for key in kept) == len(kinds)
+    for name in ("forward", "backward"):
+        assert sum(key[0] == name for key in kept) == len(kinds)
 
 
 @pytest.mark.usefixtures("kernels_in_torch")

@@ -234,7 +234,7 @@ def block_sparse_bwd_dkdv_kernel(
 ):
     """Gradients of keys and values, `[B, S_k, Hkv, D]`, of some key heads from `first_head` on.
 
-    `queues` and `ends` are those of `fill_queues`, with places `head * max_blocks + block`; `lengths` holds the half steps of
+    `queues` and `ends` are those of `QueueFiller`, with places `head * max_blocks + block`; `lengths` holds the half steps of
     each place over the GROUP query heads. `max_rows` are the packed rows of a query head; `s_row_*` lead to queries, `s_krow_*`
     to keys.
     """

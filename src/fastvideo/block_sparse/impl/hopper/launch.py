@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 
 from fastvideo.block_sparse.impl import GatedTiles
 from fastvideo.block_sparse.impl.hopper import dkdv_kernel, dquery_kernel
 from fastvideo.block_sparse.impl.hopper import forward_kernel as fwd
-from fastvideo.block_sparse.impl.hopper.gluon_names import TensorDescriptor
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_layout, pack_queries_kernel
-from fastvideo.block_sparse.impl.hopper.plan import Plan, Planner, plan_keys, plan_queries, planner_of
-from fastvideo.block_sparse.impl.hopper.queues import fill_queues
-from fastvideo.block_sparse.impl.hopper.rows import Rows, in_place, pack_keys
+from fastvideo.block_sparse.impl.hopper.plan import Plan, Planner, planner_of
+from fastvideo.block_sparse.impl.hopper.queues import QueueFiller
+from fastvideo.block_sparse.impl.hopper.rows import Rows, in_place, maps_of_pairs, pack_keys
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
 from fastvideo.platforms.triton_launch import PreparedKernel
 from fastvideo.platforms.triton_support import device_of
@@ -37,10 +34,29 @@ _LOOKS = 300
 _WAVES = 4
 _EACH_WAVE_BYTES = 64 << 20
 
-# What launches of the forward kernel differ in.
+# What launches of a kernel differ in.
 _FORWARD = (
     *("key_boxes", "value_boxes", "key_granules", "value_granules", "rows", "masks", "meta", "counts", "row_token", "arrivals"),
     *("query", "out", "lse", "gate", "coarse", "block_tiles"),
+)
+
+_PACKED = ("query", "dout", "out", "lse", "dlse", "packed_query", "packed_dout", "stats", "row_token", "counts")
+_DQUERY = (
+    *("key_boxes", "value_boxes", "key_granules", "value_granules", "rows", "masks", "meta", "counts", "row_token", "arrivals"),
+    *("query", "dout", "stats", "dquery"),
+)
+_DKDV = (
+    *(
+        "query_boxes",
+        "dout_boxes",
+        "stats_boxes",
+        "query_granules",
+        "dout_granules",
+        "stats_granules",
+        "key_boxes",
+        "value_boxes",
+    ),
+    *("queues", "ends", "lengths", "rows", "masks", "meta", "row_token", "dkey", "dvalue"),
 )
 
 Constants = dict[str, int]
@@ -52,11 +68,6 @@ FWD: dict[int, Constants] = {
 }
 DQ: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 3, **_REGISTERS}}
 DKDV: dict[int, Constants] = {64: {"STAGES": 4, **_REGISTERS}, 128: {"STAGES": 2, **_REGISTERS}}
-
-
-@functools.cache
-def _stats_layout() -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 @functools.cache
@@ -106,20 +117,6 @@ def _plan_bytes(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout) 
     """About what the plan of one query head takes, marks included."""
     listed = pattern.indices.shape[2:].numel() * walked.pieces
     return listed * 4 if _are_walks_alike(own, walked) else listed * 20 + own.layout.num_tiles * walked.layout.num_tiles
-
-
-def _walk(plan: Plan, packed: PackedLayout) -> dict[str, Any]:
-    """The arguments by which a kernel finds its walks."""
-    return {
-        "rows": plan.rows,
-        "masks": plan.masks,
-        "meta": plan.meta,
-        "row_token": packed.row_token,
-        "s_rows": plan.rows.stride(0),
-        "s_masks": plan.masks.stride(0),
-        # With one plan for all heads nothing leads from one to the next.
-        "s_plan": 0 if plan.rows.shape[0] == 1 else packed.max_blocks,
-    }
 
 
 def _steps(
@@ -258,28 +255,18 @@ def _prepare_forward(
         yield _ForwardLaunch(first, heads, planner, num_waves, kernel)
 
 
-@dataclass(frozen=True)
-class _Backward:
-    """The tensors of one backward call."""
+class _BackwardLaunch(NamedTuple):
+    """The launches of the backward for some key heads and the query heads that read them."""
 
-    dout: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    pattern: BlockPattern
-    scale: float
-    queries: PackedLayout
-    keys: PackedLayout
-
-    @property
-    def group(self) -> int:
-        """Query heads of one key head."""
-        return self.query.shape[2] // self.key.shape[2]
-
-    @property
-    def head_size(self) -> int:
-        """Head size, D."""
-        return self.query.shape[3]
+    first: int
+    heads: int
+    pack: PreparedKernel
+    query_planner: Planner
+    num_waves: int
+    dquery: PreparedKernel
+    key_planner: Planner
+    fill: QueueFiller
+    dkdv: PreparedKernel
 
 
 def backward(
@@ -298,143 +285,120 @@ def backward(
     # Once, not for each launch's heads: rows of a video with text behind it lie apart in a batch.
     out, lse = out.contiguous(), lse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    head_size, group = query.shape[3], query.shape[2] // key.shape[2]
     with device_of(query):
         queries, keys = _pack_layouts(pattern)
-        call = _Backward(dout, query, key, value, pattern, scale, queries, keys)
-        group, num_kv = call.group, key.shape[0] * key.shape[2]
         key_rows = in_place(key, value, keys) if scale > 0 else None
         query_rows = in_place(query, dout, queries)
-        row_bytes = 2 * call.head_size * key.itemsize
-        head_bytes = group * (2 * _plan_bytes(pattern, queries, keys) + pattern.query_tiles.num_tiles * keys.layout.num_tiles)
-        head_bytes += 0 if key_rows else keys.max_rows * row_bytes
-        head_bytes += group * queries.max_rows * (8 if query_rows else 8 + row_bytes)
-        for first, heads in _head_groups(num_kv, head_bytes):
-            packed_keys = key_rows or pack_keys(key, value, keys, first, heads, scale)
-            stats, packed_queries = _pack_queries(call, query_rows, out, lse, dlse, first * group, heads * group)
-            _launch_dq(call, packed_keys, stats, dq, first * group, heads * group)
-            _launch_dkdv(call, packed_keys, packed_queries, stats, dk, dv, first, heads)
+        strides = _strides(q=query, d=dout, l=lse if dlse is None else dlse)
+        kind = (query.shape, key.shape, tuple(strides.values()), pattern.indices.shape, pattern.counts is None, scale)
+        are_packed = key_rows is None, query_rows is None
+        launches = queries.keep(
+            ("backward", keys.numbers, are_packed, kind),
+            lambda: list(_prepare_backward(query, key, pattern, scale, strides, (queries, keys), are_packed)),
+        )
+        for launch in launches:
+            own_keys = key_rows or pack_keys(key, value, keys, launch.first, launch.heads, scale)
+            num_rows = launch.heads * group * queries.max_rows
+            own_queries = query_rows or Rows.empty_like(query, num_rows, queries.max_rows)
+            stats = lse.new_empty(num_rows, 2)
+            packed = (own_queries.first, own_queries.second, stats)
+            launch.pack(query, dout, out, lse, dlse, *packed, queries.row_token, queries.counts)
+            plan = launch.query_planner(pattern, queries, keys, launch.num_waves)
+            walks = (plan.rows, plan.masks, plan.meta, queries.counts, queries.row_token, _arrivals(plan, queries))
+            key_maps = own_keys.maps(head_size)
+            launch.dquery(*key_maps, *walks, query, dout, stats, dq)
+            plan = launch.key_planner(pattern, keys, queries, 0)
+            query_maps, stats_maps = own_queries.maps(head_size), maps_of_pairs(stats)
+            maps = (*query_maps[:2], stats_maps[0], *query_maps[2:], stats_maps[1], *key_maps[:2])
+            launch.dkdv(*maps, *launch.fill(plan, keys), plan.rows, plan.masks, plan.meta, keys.row_token, dk, dv)
     return dq, dk, dv
 
 
-def _pack_queries(
-    call: _Backward, in_place: Rows | None, out: Tensor, lse: Tensor, dlse: Tensor | None, first_head: int, heads: int
-) -> tuple[Tensor, Rows]:
-    """Statistics of some query heads, `[heads * R, 2]`, and their queries and gradients as rows."""
-    packed, (_, num_queries, num_heads, head_size) = call.queries, call.query.shape
-    stats = lse.new_empty(heads * packed.max_rows, 2)
-    rows = in_place
-    if rows is None:
-        first, second = call.query.new_empty(2, heads * packed.max_rows, head_size).unbind()
-        rows = Rows(first, second, 0, packed.max_rows, 0)
-    pack_queries_kernel[(heads * packed.max_blocks,)](
-        call.query,
-        call.dout,
-        out,
-        lse,
-        dlse,
-        rows.first,
-        rows.second,
-        stats,
-        packed.row_token,
-        packed.counts,
-        *_strides(q=call.query, d=call.dout, l=lse if dlse is None else dlse).values(),
-        first_head,
-        packed.max_blocks,
-        num_heads,
-        num_queries,
-        D=head_size,
-        PACK=in_place is None,
-        num_warps=4,
-    )
-    return stats, rows
-
-
-def _launch_dq(call: _Backward, keys: Rows, stats: Tensor, dq: Tensor, first_head: int, heads: int) -> None:
-    """Write the gradient of some query heads."""
-    own, head_size = call.queries, call.head_size
-    total = call.query.shape[0] * call.query.shape[2]
-    pairs = heads * own.max_pairs
-    programs = min(_num_programs(dq.device), pairs)
-    num_waves, steps = _steps(programs, pairs, call.key, call.pattern, (own, call.keys))
-    plan = plan_queries(call.pattern, own, call.keys, first_head, heads, total, num_waves)
-    key_boxes, value_boxes, key_granules, value_granules = keys.maps(head_size)
-    scale = _kernel_scale(call.scale)
-    dquery_kernel.block_sparse_bwd_dq_kernel[(programs,)](
-        key_boxes=key_boxes,
-        value_boxes=value_boxes,
-        key_granules=key_granules,
-        value_granules=value_granules,
-        query=call.query,
-        dout=call.dout,
-        stats=stats,
-        dquery=dq,
-        counts=own.counts,
-        num_heads=heads,
-        max_blocks=own.max_blocks,
-        first_head=first_head,
-        HEADS=call.query.shape[2],
-        GROUP=call.group,
-        NUM_QUERIES=call.query.shape[1],
-        s_row_b=keys.s_row_b,
-        s_row_h=keys.s_row_h,
-        s_column_h=keys.s_column_h,
-        scale=scale,
-        scale_log2=scale * _LOG2E,
-        D=head_size,
-        BOX_TOKENS=call.keys.box_tokens,
-        num_warps=4,
-        **_strides(q=call.query, d=call.dout),
-        **_walk(plan, own),
-        arrivals=_arrivals(plan, own),
-        **steps,
-        **DQ[head_size],
-    )
-
-
-def _launch_dkdv(
-    call: _Backward, keys: Rows, queries: Rows, stats: Tensor, dk: Tensor, dv: Tensor, first: int, heads: int
-) -> None:
-    """Write the gradients of some key heads."""
-    own, head_size, group, pattern = call.keys, call.head_size, call.group, call.pattern
-    total = call.query.shape[0] * call.query.shape[2]
-    plan = plan_keys(pattern, own, call.queries, first * group, heads * group, total)
-    programs = min(_num_programs(dk.device), -(-heads * own.max_blocks // 2))
-    lengths, queues, ends = fill_queues(plan, own, heads, group, 2 * programs)
-    flat = stats.view(-1)
-    stats_boxes, stats_granules = (TensorDescriptor.from_tensor(flat, [2 * rows], _stats_layout()) for rows in (64, 16))
-    query_boxes, dout_boxes, query_granules, dout_granules = queries.maps(head_size)
-    key_boxes, value_boxes, _, _ = keys.maps(head_size)
-    dkdv_kernel.block_sparse_bwd_dkdv_kernel[(programs,)](
-        query_boxes=query_boxes,
-        dout_boxes=dout_boxes,
-        stats_boxes=stats_boxes,
-        query_granules=query_granules,
-        dout_granules=dout_granules,
-        stats_granules=stats_granules,
-        key_boxes=key_boxes,
-        value_boxes=value_boxes,
-        queues=queues,
-        ends=ends,
-        lengths=lengths,
-        dkey=dk,
-        dvalue=dv,
-        max_blocks=own.max_blocks,
-        max_rows=call.queries.max_rows,
-        first_head=first,
-        HEADS=call.key.shape[2],
-        GROUP=group,
-        NUM_KEYS=call.key.shape[1],
-        s_row_b=queries.s_row_b,
-        s_row_h=queries.s_row_h,
-        s_column_h=queries.s_column_h,
-        s_krow_b=keys.s_row_b,
-        s_krow_h=keys.s_row_h,
-        s_kcolumn_h=keys.s_column_h,
-        # Unlike dquery, which keys with the sign have made, this sums queries, which have none.
-        scale=call.scale,
-        scale_log2=_kernel_scale(call.scale) * _LOG2E,
-        D=head_size,
-        num_warps=4,
-        **_walk(plan, own),
-        **DKDV[head_size],
-    )
+def _prepare_backward(
+    query: Tensor,
+    key: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    strides: dict[str, int],
+    layouts: tuple[PackedLayout, PackedLayout],
+    are_packed: tuple[bool, bool],
+) -> Iterator[_BackwardLaunch]:
+    """The launches for tensors of these shapes, strides and dtypes; keys and queries may have to be packed."""
+    (queries, keys), (packs_keys, packs_queries) = layouts, are_packed
+    batch, num_queries, num_heads, head_size = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    group, total = num_heads // kv_heads, batch * num_heads
+    row_bytes = 2 * head_size * key.itemsize
+    head_bytes = group * (2 * _plan_bytes(pattern, queries, keys) + pattern.query_tiles.num_tiles * keys.layout.num_tiles)
+    head_bytes += keys.max_rows * row_bytes if packs_keys else 0
+    head_bytes += group * queries.max_rows * (8 + row_bytes if packs_queries else 8)
+    key_places = (0, keys.max_rows, 0) if packs_keys else (num_keys, 0, head_size)
+    query_places = (0, queries.max_rows, 0) if packs_queries else (num_queries, 0, head_size)
+    places = ("s_row_b", "s_row_h", "s_column_h")
+    query_strides = {name: stride for name, stride in strides.items() if name[2] != "l"}
+    kernel_scale = _kernel_scale(scale)
+    for first, heads in _head_groups(batch * kv_heads, head_bytes):
+        first_query, query_heads = first * group, heads * group
+        pack_arguments = {
+            **strides,
+            "first_head": first_query,
+            "max_blocks": queries.max_blocks,
+            "HEADS": num_heads,
+            "NUM_QUERIES": num_queries,
+            "D": head_size,
+            "PACK": packs_queries,
+            "num_warps": 4,
+        }
+        pairs = query_heads * queries.max_pairs
+        programs = min(_num_programs(query.device), pairs)
+        num_waves, steps = _steps(programs, pairs, key, pattern, layouts)
+        query_planner = planner_of(pattern, queries, keys, (first_query, query_heads, total))
+        dquery_arguments = {
+            "num_heads": query_heads,
+            "max_blocks": queries.max_blocks,
+            "first_head": first_query,
+            "HEADS": num_heads,
+            "GROUP": group,
+            "NUM_QUERIES": num_queries,
+            **dict(zip(places, key_places, strict=True)),
+            **query_strides,
+            **query_planner.strides,
+            "scale": kernel_scale,
+            "scale_log2": kernel_scale * _LOG2E,
+            "D": head_size,
+            "BOX_TOKENS": keys.box_tokens,
+            "num_warps": 4,
+            **steps,
+            **DQ[head_size],
+        }
+        key_planner = planner_of(pattern, keys, queries, (first_query, query_heads, total), by_key=True)
+        key_programs = min(_num_programs(query.device), -(-heads * keys.max_blocks // 2))
+        dkdv_arguments = {
+            "max_blocks": keys.max_blocks,
+            "max_rows": queries.max_rows,
+            "first_head": first,
+            "HEADS": kv_heads,
+            "GROUP": group,
+            "NUM_KEYS": num_keys,
+            **dict(zip(places, query_places, strict=True)),
+            **dict(zip(("s_krow_b", "s_krow_h", "s_kcolumn_h"), key_places, strict=True)),
+            **key_planner.strides,
+            # Unlike dquery, which keys with the sign have made, this sums queries, which have none.
+            "scale": scale,
+            "scale_log2": kernel_scale * _LOG2E,
+            "D": head_size,
+            "num_warps": 4,
+            **DKDV[head_size],
+        }
+        yield _BackwardLaunch(
+            first,
+            heads,
+            PreparedKernel(pack_queries_kernel, (query_heads * queries.max_blocks,), _PACKED, pack_arguments),
+            query_planner,
+            num_waves,
+            PreparedKernel(dquery_kernel.block_sparse_bwd_dq_kernel, (programs,), _DQUERY, dquery_arguments, num_descriptors=4),
+            key_planner,
+            QueueFiller(keys, heads, group, 2 * key_programs, key_planner.strides["s_plan"]),
+            PreparedKernel(dkdv_kernel.block_sparse_bwd_dkdv_kernel, (key_programs,), _DKDV, dkdv_arguments, num_descriptors=8),
+        )

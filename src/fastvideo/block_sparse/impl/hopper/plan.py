@@ -59,31 +59,15 @@ class Plan:
     zeros: Tensor | None = None
 
 
-def plan_queries(
-    pattern: BlockPattern,
-    own: PackedLayout,
-    walked: PackedLayout,
-    first_head: int,
-    heads: int,
-    total: int,
-    num_zeros: int = 0,
-) -> Plan:
-    """The walks of query blocks over keys, for `heads` of the `total` heads counted through batch and heads.
-
-    `num_zeros` of `Plan.zeros` are for the caller.
-    """
-    return planner_of(pattern, own, walked, (first_head, heads, total))(pattern, own, walked, num_zeros)
-
-
-def plan_keys(pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, first_head: int, heads: int, total: int) -> Plan:
-    """The walks of key blocks over queries, without masks for the pads of queries and without shared steps."""
-    return planner_of(pattern, own, walked, (first_head, heads, total), by_key=True)(pattern, own, walked, 0)
-
-
 def planner_of(
     pattern: BlockPattern, own: PackedLayout, walked: PackedLayout, heads: tuple[int, int, int], *, by_key: bool = False
 ) -> Planner:
-    """What plans `heads` (the first, how many, and how many there are in all) of lists of this shape; kept with `own`."""
+    """What plans `heads` (the first, how many, and how many there are in all, counted through batch and heads) of lists of this
+    shape; kept with `own`.
+
+    Walks are those of query blocks over keys; by key, of key blocks over queries, without masks for the pads of queries and
+    without shared steps.
+    """
     key = ("plan", by_key, walked.numbers, pattern.indices.shape, heads)
     return own.keep(key, lambda: Planner(pattern.indices.shape, own, walked, heads, by_key=by_key))
 

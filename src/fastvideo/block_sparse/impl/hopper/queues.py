@@ -17,34 +17,50 @@ from torch import Tensor
 
 from fastvideo.block_sparse.impl.hopper.packing import PackedLayout
 from fastvideo.block_sparse.impl.hopper.plan import Plan
+from fastvideo.platforms.triton_launch import PreparedKernel
 
 # What a block takes besides its walk, in half steps.
 _BLOCK_COST = tl.constexpr(4)
 
 
-def fill_queues(plan: Plan, own: PackedLayout, heads: int, group: int, num_queues: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Distribute the blocks of `heads` key heads, each with `group` query heads, over `num_queues` consumers.
+class QueueFiller:
+    """Distributes the blocks of `heads` key heads, each with `group` query heads, over `num_queues` consumers."""
 
-    Returns:
-        `[heads, M]` int32, half steps of each place `head * M + block`; `[rows, num_queues]` int32, a place a row for each
-        consumer, where what lies behind its last place means nothing; `[num_queues]` int32, `consumer + num_queues * number
-        of its places`, the end of a loop over the flat queues.
-    """
-    num_places, device = heads * own.max_blocks, plan.meta.device
-    rows = -(-num_places // num_queues)
-    lengths = torch.empty(heads, own.max_blocks, dtype=torch.int32, device=device)
-    keys = torch.empty(num_places, dtype=torch.int64, device=device)
-    totals = torch.empty(3, dtype=torch.int64, device=device)
-    s_plan = 0 if plan.meta.shape[0] == 1 else own.max_blocks
-    rank_places_kernel[(1,)](
-        plan.meta, own.counts, lengths, keys, totals, heads, own.max_blocks, s_plan, GROUP=group, CHUNK=1024, num_warps=8
-    )
-    # A queue lets at most two thirds of the rows pass, and takes all others at most.
-    queues = torch.empty(3 * rows, num_queues, dtype=torch.int32, device=device)
-    ends = torch.empty(num_queues, dtype=torch.int32, device=device)
-    width = max(32, 1 << (num_queues - 1).bit_length())
-    fill_queues_kernel[(1,)](keys.argsort(), lengths, totals, queues, ends, num_queues, rows, WIDTH=width, num_warps=8)
-    return lengths, queues, ends
+    def __init__(self, own: PackedLayout, heads: int, group: int, num_queues: int, s_plan: int) -> None:
+        """Prepare the launches for plans with `s_plan` blocks from one head to the next (0 where all share one)."""
+        self._shape, self._num_queues = (heads, own.max_blocks), num_queues
+        self._rows = -(-heads * own.max_blocks // num_queues)
+        numbers = {
+            "num_heads": heads,
+            "max_blocks": own.max_blocks,
+            "s_plan": s_plan,
+            "GROUP": group,
+            "CHUNK": 1024,
+            "num_warps": 8,
+        }
+        self._rank = PreparedKernel(rank_places_kernel, (1,), ("meta", "own_counts", "lengths", "keys", "totals"), numbers)
+        width = max(32, 1 << (num_queues - 1).bit_length())
+        numbers = {"num_queues": num_queues, "num_rows": self._rows, "WIDTH": width, "num_warps": 8}
+        self._fill = PreparedKernel(fill_queues_kernel, (1,), ("places", "lengths", "totals", "queues", "ends"), numbers)
+
+    def __call__(self, plan: Plan, own: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill the queues.
+
+        Returns:
+            `[rows, num_queues]` int32, places `head * M + block`, one a row for each consumer, where what lies behind its last
+            place means nothing; `[num_queues]` int32, `consumer + num_queues * number of its places`, the end of a loop over
+            the flat queues; `[heads, M]` int32, half steps of each place.
+        """
+        meta = plan.meta
+        lengths = meta.new_empty(self._shape)
+        keys = meta.new_empty(lengths.numel(), dtype=torch.int64)
+        totals = meta.new_empty(3, dtype=torch.int64)
+        self._rank(meta, own.counts, lengths, keys, totals)
+        # A queue lets at most two thirds of the rows pass, and takes all others at most.
+        queues = meta.new_empty(3 * self._rows, self._num_queues)
+        ends = meta.new_empty(self._num_queues)
+        self._fill(keys.argsort(), lengths, totals, queues, ends)
+        return queues, ends, lengths
 
 
 @triton.jit(do_not_specialize=["num_heads", "max_blocks", "s_plan"])

@@ -31,6 +31,12 @@ class Rows(NamedTuple):
     s_row_h: int
     s_column_h: int
 
+    @classmethod
+    def empty_like(cls, x: Tensor, num_rows: int, head_rows: int) -> Rows:
+        """Room for `num_rows` packed rows of two tensors like `x`, `head_rows` a head."""
+        first, second = x.new_empty(2, num_rows, x.shape[3]).unbind()
+        return cls(first, second, 0, head_rows, 0)
+
     def maps(self, head_size: int) -> list[TensorDescriptor]:
         """Tensor maps of both for boxes of 64 rows of one head, then for those of 16."""
         first, second = self.first, self.second
@@ -53,6 +59,19 @@ def _row_layout() -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
+def maps_of_pairs(pairs: Tensor) -> list[TensorDescriptor]:
+    """Tensor maps of `[rows, 2]` contiguous fp32 for 64 rows and for 16."""
+    flat = pairs.view(-1)
+    return [moved(described, flat) for described in _described_pairs(flat.shape[0])]
+
+
+@functools.lru_cache(64)
+def _described_pairs(size: int) -> tuple[TensorDescriptor, ...]:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    stand_in = torch.empty(size, dtype=torch.float32, device="meta")
+    return tuple(TensorDescriptor.from_tensor(stand_in, [2 * rows], layout) for rows in (64, 16))
+
+
 def in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None:
     """Rows in token order without a copy, where packed order is token order and one tensor map reaches all heads."""
     batch, num_tokens, num_heads, head_size = first.shape
@@ -70,12 +89,11 @@ def in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None
 
 def pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
     """Keys with the sign of the scale, and values, of some heads as packed rows."""
-    first = key.new_empty(heads * packed.max_rows, key.shape[3])
-    second = torch.empty_like(first)
+    rows = Rows.empty_like(key, heads * packed.max_rows, packed.max_rows)
     kind = (key.shape, key.stride(), value.stride(), first_head, heads, (scale > 0) - (scale < 0))
     pack = packed.keep(("pack", *kind), lambda: _prepare_packing(packed, *kind))
-    pack(key, value, first, second, packed.row_token, packed.counts)
-    return Rows(first, second, 0, packed.max_rows, 0)
+    pack(key, value, rows.first, rows.second, packed.row_token, packed.counts)
+    return rows
 
 
 def _prepare_packing(
