@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,12 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     for name, x in tensors.items():
         strides[f"s_{name}b"], strides[f"s_{name}s"], strides[f"s_{name}h"] = x.stride()[:3]
     return strides
+
+
+def _places(names: str, x: Tensor, packed: PackedLayout, *, is_packed: bool) -> dict[str, int]:
+    """Where the rows of a head lie: packed heads follow one another, in token order a head is a range of columns."""
+    places = (0, packed.max_rows, 0) if is_packed else (x.shape[1], 0, x.shape[3])
+    return dict(zip(map(names.format, ("row_b", "row_h", "column_h")), places, strict=True))
 
 
 def _is_same(one: TileLayout, other: TileLayout) -> bool:
@@ -226,7 +233,6 @@ def _prepare_forward(
     (own, walked), kv_heads, group = layouts, key.shape[2], num_heads // key.shape[2]
     head_bytes = _plan_bytes(pattern, own, walked) * group
     head_bytes += 2 * walked.max_rows * head_size * key.itemsize if is_packing else 0
-    s_row_b, s_row_h, s_column_h = (0, walked.max_rows, 0) if is_packing else (key.shape[1], 0, head_size)
     for first, heads in _head_groups(batch * kv_heads, head_bytes):
         pairs = heads * group * own.max_pairs
         programs = min(_num_programs(query.device), pairs)
@@ -238,9 +244,7 @@ def _prepare_forward(
             "HEADS": num_heads,
             "GROUP": group,
             "NUM_ROWS": out.stride(0) // (num_heads * head_size),
-            "s_row_b": s_row_b,
-            "s_row_h": s_row_h,
-            "s_column_h": s_column_h,
+            **_places("s_{}", key, walked, is_packed=is_packing),
             **_strides(q=query),
             **_gate_numbers(gate, coarse),
             **planner.strides,
@@ -295,15 +299,14 @@ def backward(
         are_packed = key_rows is None, query_rows is None
         launches = queries.keep(
             ("backward", keys.numbers, are_packed, kind),
-            lambda: list(_prepare_backward(query, key, pattern, scale, strides, (queries, keys), are_packed)),
+            lambda: list(_Backward(query, key, pattern, scale, strides, queries, keys, *are_packed).launches()),
         )
         for launch in launches:
             own_keys = key_rows or pack_keys(key, value, keys, launch.first, launch.heads, scale)
             num_rows = launch.heads * group * queries.max_rows
-            own_queries = query_rows or Rows.empty_like(query, num_rows, queries.max_rows)
+            own_queries = query_rows or Rows.empty_like(query, num_rows)
             stats = lse.new_empty(num_rows, 2)
-            packed = (own_queries.first, own_queries.second, stats)
-            launch.pack(query, dout, out, lse, dlse, *packed, queries.row_token, queries.counts)
+            launch.pack(query, dout, out, lse, dlse, *own_queries, stats, queries.row_token, queries.counts)
             plan = launch.query_planner(pattern, queries, keys, launch.num_waves)
             walks = (plan.rows, plan.masks, plan.meta, queries.counts, queries.row_token, _arrivals(plan, queries))
             key_maps = own_keys.maps(head_size)
@@ -315,90 +318,108 @@ def backward(
     return dq, dk, dv
 
 
-def _prepare_backward(
-    query: Tensor,
-    key: Tensor,
-    pattern: BlockPattern,
-    scale: float,
-    strides: dict[str, int],
-    layouts: tuple[PackedLayout, PackedLayout],
-    are_packed: tuple[bool, bool],
-) -> Iterator[_BackwardLaunch]:
-    """The launches for tensors of these shapes, strides and dtypes; keys and queries may have to be packed."""
-    (queries, keys), (packs_keys, packs_queries) = layouts, are_packed
-    batch, num_queries, num_heads, head_size = query.shape
-    num_keys, kv_heads = key.shape[1:3]
-    group, total = num_heads // kv_heads, batch * num_heads
-    row_bytes = 2 * head_size * key.itemsize
-    head_bytes = group * (2 * _plan_bytes(pattern, queries, keys) + pattern.query_tiles.num_tiles * keys.layout.num_tiles)
-    head_bytes += keys.max_rows * row_bytes if packs_keys else 0
-    head_bytes += group * queries.max_rows * (8 + row_bytes if packs_queries else 8)
-    key_places = (0, keys.max_rows, 0) if packs_keys else (num_keys, 0, head_size)
-    query_places = (0, queries.max_rows, 0) if packs_queries else (num_queries, 0, head_size)
-    places = ("s_row_b", "s_row_h", "s_column_h")
-    query_strides = {name: stride for name, stride in strides.items() if name[2] != "l"}
-    kernel_scale = _kernel_scale(scale)
-    for first, heads in _head_groups(batch * kv_heads, head_bytes):
-        first_query, query_heads = first * group, heads * group
-        pack_arguments = {
-            **strides,
-            "first_head": first_query,
-            "max_blocks": queries.max_blocks,
-            "HEADS": num_heads,
-            "NUM_QUERIES": num_queries,
-            "D": head_size,
-            "PACK": packs_queries,
+@dataclass(frozen=True)
+class _Backward:
+    """What the launches of a backward follow from: shapes, strides and dtypes, and whether keys and queries are packed."""
+
+    query: Tensor
+    key: Tensor
+    pattern: BlockPattern
+    scale: float
+    strides: dict[str, int]
+    queries: PackedLayout
+    keys: PackedLayout
+    packs_keys: bool
+    packs_queries: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    @property
+    def head_size(self) -> int:
+        """Head size, D."""
+        return self.query.shape[3]
+
+    def launches(self) -> Iterator[_BackwardLaunch]:
+        """Launches for as many key heads at a time as fit into the scratch."""
+        queries, keys = self.queries, self.keys
+        row_bytes = 2 * self.head_size * self.key.itemsize
+        num_marks = queries.layout.num_tiles * keys.layout.num_tiles
+        head_bytes = self.group * (2 * _plan_bytes(self.pattern, queries, keys) + num_marks)
+        head_bytes += keys.max_rows * row_bytes if self.packs_keys else 0
+        head_bytes += self.group * queries.max_rows * (8 + row_bytes if self.packs_queries else 8)
+        for first, heads in _head_groups(self.key.shape[0] * self.key.shape[2], head_bytes):
+            first_query, query_heads = first * self.group, heads * self.group
+            pack, dquery = self._pack(first_query, query_heads), self._dquery(first_query, query_heads)
+            yield _BackwardLaunch(first, heads, pack, *dquery, *self._dkdv(first, heads))
+
+    def _pack(self, first: int, heads: int) -> PreparedKernel:
+        """Statistics of some query heads, and perhaps their queries and gradients as rows."""
+        arguments = {
+            **self.strides,
+            "first_head": first,
+            "max_blocks": self.queries.max_blocks,
+            "HEADS": self.query.shape[2],
+            "NUM_QUERIES": self.query.shape[1],
+            "D": self.head_size,
+            "PACK": self.packs_queries,
             "num_warps": 4,
         }
-        pairs = query_heads * queries.max_pairs
-        programs = min(_num_programs(query.device), pairs)
-        num_waves, steps = _steps(programs, pairs, key, pattern, layouts)
-        query_planner = planner_of(pattern, queries, keys, (first_query, query_heads, total))
-        dquery_arguments = {
-            "num_heads": query_heads,
-            "max_blocks": queries.max_blocks,
-            "first_head": first_query,
-            "HEADS": num_heads,
-            "GROUP": group,
-            "NUM_QUERIES": num_queries,
-            **dict(zip(places, key_places, strict=True)),
-            **query_strides,
-            **query_planner.strides,
-            "scale": kernel_scale,
-            "scale_log2": kernel_scale * _LOG2E,
-            "D": head_size,
-            "BOX_TOKENS": keys.box_tokens,
+        return PreparedKernel(pack_queries_kernel, (heads * self.queries.max_blocks,), _PACKED, arguments)
+
+    def _dquery(self, first: int, heads: int) -> tuple[Planner, int, PreparedKernel]:
+        """What plans for the gradient of some query heads, the waves that it counts, and the launch that writes it."""
+        own, scale = self.queries, _kernel_scale(self.scale)
+        pairs = heads * own.max_pairs
+        programs = min(_num_programs(self.query.device), pairs)
+        num_waves, steps = _steps(programs, pairs, self.key, self.pattern, (own, self.keys))
+        planner = planner_of(self.pattern, own, self.keys, (first, heads, self.query.shape[0] * self.query.shape[2]))
+        arguments = {
+            "num_heads": heads,
+            "max_blocks": own.max_blocks,
+            "first_head": first,
+            "HEADS": self.query.shape[2],
+            "GROUP": self.group,
+            "NUM_QUERIES": self.query.shape[1],
+            **_places("s_{}", self.key, self.keys, is_packed=self.packs_keys),
+            **{name: stride for name, stride in self.strides.items() if name[2] in "qd"},
+            **planner.strides,
+            "scale": scale,
+            "scale_log2": scale * _LOG2E,
+            "D": self.head_size,
+            "BOX_TOKENS": self.keys.box_tokens,
             "num_warps": 4,
             **steps,
-            **DQ[head_size],
+            **DQ[self.head_size],
         }
-        key_planner = planner_of(pattern, keys, queries, (first_query, query_heads, total), by_key=True)
-        key_programs = min(_num_programs(query.device), -(-heads * keys.max_blocks // 2))
-        dkdv_arguments = {
-            "max_blocks": keys.max_blocks,
-            "max_rows": queries.max_rows,
+        kernel = dquery_kernel.block_sparse_bwd_dq_kernel
+        return planner, num_waves, PreparedKernel(kernel, (programs,), _DQUERY, arguments, num_descriptors=4)
+
+    def _dkdv(self, first: int, heads: int) -> tuple[Planner, QueueFiller, PreparedKernel]:
+        """What plans for the gradients of some key heads, what shares out their blocks, and the launch that writes them."""
+        own, group = self.keys, self.group
+        query_heads = (first * group, heads * group, self.query.shape[0] * self.query.shape[2])
+        planner = planner_of(self.pattern, own, self.queries, query_heads, by_key=True)
+        programs = min(_num_programs(self.query.device), -(-heads * own.max_blocks // 2))
+        arguments = {
+            "max_blocks": own.max_blocks,
+            "max_rows": self.queries.max_rows,
             "first_head": first,
-            "HEADS": kv_heads,
+            "HEADS": self.key.shape[2],
             "GROUP": group,
-            "NUM_KEYS": num_keys,
-            **dict(zip(places, query_places, strict=True)),
-            **dict(zip(("s_krow_b", "s_krow_h", "s_kcolumn_h"), key_places, strict=True)),
-            **key_planner.strides,
+            "NUM_KEYS": self.key.shape[1],
+            **_places("s_{}", self.query, self.queries, is_packed=self.packs_queries),
+            **_places("s_k{}", self.key, own, is_packed=self.packs_keys),
+            **planner.strides,
             # Unlike dquery, which keys with the sign have made, this sums queries, which have none.
-            "scale": scale,
-            "scale_log2": kernel_scale * _LOG2E,
-            "D": head_size,
+            "scale": self.scale,
+            "scale_log2": _kernel_scale(self.scale) * _LOG2E,
+            "D": self.head_size,
             "num_warps": 4,
-            **DKDV[head_size],
+            **DKDV[self.head_size],
         }
-        yield _BackwardLaunch(
-            first,
-            heads,
-            PreparedKernel(pack_queries_kernel, (query_heads * queries.max_blocks,), _PACKED, pack_arguments),
-            query_planner,
-            num_waves,
-            PreparedKernel(dquery_kernel.block_sparse_bwd_dq_kernel, (programs,), _DQUERY, dquery_arguments, num_descriptors=4),
-            key_planner,
-            QueueFiller(keys, heads, group, 2 * key_programs, key_planner.strides["s_plan"]),
-            PreparedKernel(dkdv_kernel.block_sparse_bwd_dkdv_kernel, (key_programs,), _DKDV, dkdv_arguments, num_descriptors=8),
-        )
+        fill = QueueFiller(own, heads, group, 2 * programs, planner.strides["s_plan"])
+        kernel = dkdv_kernel.block_sparse_bwd_dkdv_kernel
+        return planner, fill, PreparedKernel(kernel, (programs,), _DKDV, arguments, num_descriptors=8)

@@ -20,22 +20,15 @@ class Rows(NamedTuple):
     Attributes:
         first: `[rows, columns]`.
         second: `[rows, columns]`.
-        s_row_b: Rows from one sample to the next, 0 where heads follow one another.
-        s_row_h: Rows from one of the launch's heads to the next, 0 where a head is a range of columns.
-        s_column_h: Columns from one head to the next.
     """
 
     first: Tensor
     second: Tensor
-    s_row_b: int
-    s_row_h: int
-    s_column_h: int
 
     @classmethod
-    def empty_like(cls, x: Tensor, num_rows: int, head_rows: int) -> Rows:
-        """Room for `num_rows` packed rows of two tensors like `x`, `head_rows` a head."""
-        first, second = x.new_empty(2, num_rows, x.shape[3]).unbind()
-        return cls(first, second, 0, head_rows, 0)
+    def empty_like(cls, x: Tensor, num_rows: int) -> Rows:
+        """Room for `num_rows` packed rows of two tensors like `x`."""
+        return cls(*x.new_empty(2, num_rows, x.shape[3]).unbind())
 
     def maps(self, head_size: int) -> list[TensorDescriptor]:
         """Tensor maps of both for boxes of 64 rows of one head, then for those of 16."""
@@ -84,12 +77,12 @@ def in_place(first: Tensor, second: Tensor, packed: PackedLayout) -> Rows | None
         if not is_flat or s_s % 8 or x.data_ptr() % 16:
             return None
         flat.append(x.as_strided((batch * num_tokens, num_heads * head_size), (s_s, 1)))
-    return Rows(flat[0], flat[1], num_tokens, 0, head_size)
+    return Rows(*flat)
 
 
 def pack_keys(key: Tensor, value: Tensor, packed: PackedLayout, first_head: int, heads: int, scale: float) -> Rows:
     """Keys with the sign of the scale, and values, of some heads as packed rows."""
-    rows = Rows.empty_like(key, heads * packed.max_rows, packed.max_rows)
+    rows = Rows.empty_like(key, heads * packed.max_rows)
     kind = (key.shape, key.stride(), value.stride(), first_head, heads, (scale > 0) - (scale < 0))
     pack = packed.keep(("pack", *kind), lambda: _prepare_packing(packed, *kind))
     pack(key, value, rows.first, rows.second, packed.row_token, packed.counts)
