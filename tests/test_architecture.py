@@ -32,6 +32,7 @@ FLOORS = (
         "fastvideo.platforms",
         "fastvideo.settings",
         "fastvideo.compilation",
+        "fastvideo.tangents",
         "fastvideo.tensor_cache",
     ),
 )

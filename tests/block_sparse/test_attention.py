@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from fastvideo.block_sparse import BlockPattern, TileLayout, block_sparse_attention, impl, video_sparse_attention
+from fastvideo.block_sparse import (
+    BlockPattern,
+    TileLayout,
+    block_sparse_attention,
+    impl,
+    pool_tiles,
+    video_sparse_attention,
+)
 from fastvideo.block_sparse.attention import _backward_op, _flatten, _forward_op
 from fastvideo.block_sparse.impl import portable
 from fastvideo.testing import assert_op_within_budget, reference_attention
@@ -314,7 +321,8 @@ def test_forward_mode_derivatives_are_refused(by, carries) -> None:
     inputs = {name: torch.randn(1, 8, 2, 8) for name in ("query", "key", "value", "gate")}
 
     def layer(x: torch.Tensor, **changes) -> torch.Tensor:
-        return video_sparse_attention(**{**inputs, carries: x, **changes}, grid_tyx=(2, 2, 2), sparsity=0.5, tile_tyx=(1, 2, 2))
+        settings = {"grid_tyx": (2, 2, 2), "sparsity": 0.5, "tile_tyx": (1, 2, 2)}
+        return video_sparse_attention(**{**settings, **inputs, carries: x, **changes})
 
     learned = {name: x.clone().requires_grad_() for name, x in inputs.items() if name != carries}
 
@@ -330,8 +338,21 @@ def test_forward_mode_derivatives_are_refused(by, carries) -> None:
                 attend(forward_ad.make_dual(x, torch.ones_like(x)))
 
     # With inputs that require a gradient, torch itself refuses under `jvp`.
-    for attend in (layer, *([] if by == "jvp" else [partial(layer, **learned)]), *([] if carries == "gate" else [fine])):
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+    pooled = tuple(pool_tiles(inputs[name], (2, 2, 2), tile_tyx=(1, 2, 2)) for name in ("query", "key", "value"))
+    dense = partial(layer, sparsity=0.0, pooled=pooled) if carries == "gate" else partial(layer, pooled=pooled)
+
+    def of_means(x: torch.Tensor) -> torch.Tensor:
+        return layer(inputs[carries], pooled=(x[:, :2], *pooled[1:]))
+
+    for attend in (
+        layer,
+        dense,
+        partial(pool_tiles, grid_tyx=(2, 2, 2), tile_tyx=(1, 2, 2)),
+        of_means,
+        *([] if by == "jvp" else [partial(layer, **learned)]),
+        *([] if carries == "gate" else [fine]),
+    ):
+        with pytest.raises(NotImplementedError, match="without a forward-mode tangent"):
             differentiated(attend, inputs[carries].clone())
     with forward_ad.dual_level():
         assert layer(inputs[carries]).shape == inputs[carries].shape, "a level alone is no tangent"

@@ -315,6 +315,14 @@ def test_copies_of_a_reusable_pattern_keep_nothing() -> None:
         assert other.derived is None
         assert torch.equal(other.indices, pattern.indices)
     assert pattern.reusable() is pattern
+
+
+def test_tensors_whose_changes_nobody_counts_are_not_kept_with() -> None:
+    query, key = layouts()
     with torch.inference_mode():
-        fresh = BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32)).reusable()
-        assert find(fresh) is fresh
+        pattern = BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"made in torch\.inference_mode"):
+            pattern.reusable()
+    made_outside = BlockPattern(query, key, torch.zeros(1, 1, 3, 1, dtype=torch.int32))
+    with torch.inference_mode():
+        assert find(made_outside.reusable()) is not None

@@ -19,7 +19,7 @@ from fastvideo.distributed.layouts import Layout
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
 from fastvideo.distributed.shards import resolve_lengths, rows_of_mesh
-from fastvideo.distributed.ulysses import groups_that_pay, share_heads
+from fastvideo.distributed.ulysses import groups_that_pay, groups_that_travel, share_heads
 from fastvideo.forward_context import thread_state
 
 __all__ = [
@@ -249,13 +249,12 @@ def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_
 
     `None` wants those that pay over copy engines; NCCL's kernels take multiprocessors from attention.
     """
-    if sum(call.kv_lengths) == 0 or (layout.ulysses.size == 1 and (call.is_causal or not layout.gathers)):
+    if sum(call.kv_lengths) == 0:
         return 1
-    own_heads, rest = divmod(call.key.shape[2], layout.ulysses.size)
+    ring, ulysses = layout.ring.size, layout.ulysses.size
     if wanted is None:
         batch, _, num_heads, head_size = call.query.shape
-        ring, ulysses = layout.ring.size, layout.ulysses.size
         elements = batch * sum(call.lengths) * num_heads // ulysses * head_size
         pay = groups_that_pay(elements, ulysses, ring, is_sparse=is_sparse, needs_grad=call.needs_grad)
         wanted = pay if exchange_kind(call.query.device) == "direct" else 1
-    return 1 if rest else max(1, min(wanted, own_heads))
+    return groups_that_travel(wanted, call.key.shape[2], ulysses, gathers=layout.gathers, is_causal=call.is_causal)

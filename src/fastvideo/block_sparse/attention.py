@@ -16,6 +16,7 @@ from fastvideo.block_sparse.eager import eager_function, function_of
 from fastvideo.block_sparse.impl import AUTOMATIC, choose_implementation, load_implementation
 from fastvideo.block_sparse.impl.reference import accumulation_dtype
 from fastvideo.block_sparse.pattern import BlockPattern, TileLayout, reusable_pattern
+from fastvideo.tangents import refuse_tangents
 
 
 @overload
@@ -92,6 +93,7 @@ def block_sparse_attention(
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"expected pattern as a BlockPattern, got {type(pattern).__name__}; see BlockPattern.from_mask")
     check_impl(impl)
+    refuse_tangents(query=query, key=key, value=value)
     query, key, value = as_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 _NO_CONTEXT = contextlib.nullcontext()
 
-__all__ = ["eager_function", "function_of", "refuse_tangents", "without_autocast"]
+__all__ = ["eager_function", "function_of", "without_autocast"]
 
 
 def function_of(
@@ -43,36 +42,11 @@ def function_of(
 def eager_function(
     op: Callable[..., Any], function: type[torch.autograd.Function], tensors: Sequence[Tensor | None]
 ) -> Callable[..., Any]:
-    """Return what to call with the arguments of `op`: `function.apply` in eager code that needs gradients, else `op`.
-
-    Raises:
-        NotImplementedError: A tensor carries a forward-mode tangent, which a custom op would drop.
-    """
-    if torch.compiler.is_compiling():
-        return op
-    refuse_tangents(*tensors)
-    if not torch.is_grad_enabled():
+    """Return what to call with the arguments of `op`: `function.apply` in eager code that needs gradients, else `op`."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return op
     needs_grad = any(x is not None and x.requires_grad for x in tensors)
     return function.apply if needs_grad else op
-
-
-def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Refuse forward-mode derivatives, of which custom ops know nothing: their result would have a tangent of zero.
-
-    Raises:
-        NotImplementedError: A tensor carries a tangent.
-
-    Example:
-        >>> refuse_tangents(torch.ones(2), None)
-    """
-    for x in tensors:
-        if x is None or forward_ad.unpack_dual(x).tangent is None:  # type: ignore[no-untyped-call]  # torch's own
-            continue
-        raise NotImplementedError(
-            "block-sparse attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
-            "differentiate it backward, by torch.autograd"
-        )
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.block_sparse.coarse import coarse_attention, means_of
-from fastvideo.block_sparse.eager import refuse_tangents, without_autocast
+from fastvideo.block_sparse.eager import without_autocast
 from fastvideo.block_sparse.fine_stage import forward_of
 from fastvideo.block_sparse.geometry import VideoGeometry, geometry_of
 from fastvideo.block_sparse.impl import AUTOMATIC
@@ -45,12 +45,7 @@ def attend_without_gradients(
 
     Returns:
         `[B, S + R, Hq, D]`.
-
-    Raises:
-        NotImplementedError: A tensor carries a forward-mode tangent.
     """
-    if not torch.compiler.is_compiling():
-        refuse_tangents(query, key, value, gate)
     grid, name = geometry.grid, AUTOMATIC if impl is None else impl
     out: Tensor = _whole_op(
         query, key, value, gate, grid.grid_tyx, grid.tile_tyx, geometry.num_replicated, num_kept, scale, name

@@ -105,6 +105,22 @@ class TileLayout:
         full, rest = divmod(num_tokens, tile_size)
         return cls.from_sizes([tile_size] * full + ([rest] if rest else []), device=device)
 
+    def is_same(self, other: TileLayout) -> bool:
+        """Whether both lie in the same memory, and so have the same tiles; reads no values.
+
+        Example:
+            >>> layout = TileLayout.uniform(8, 4)
+            >>> layout.is_same(layout), layout.is_same(TileLayout.uniform(8, 4))
+            (True, False)
+        """
+        if (self.num_tokens, self.num_tiles) != (other.num_tokens, other.num_tiles):
+            return False
+        if self.offsets.data_ptr() != other.offsets.data_ptr():
+            return False
+        if self.order is None or other.order is None:
+            return self.order is other.order
+        return self.order.data_ptr() == other.order.data_ptr()
+
     @property
     def num_tiles(self) -> int:
         """Number of tiles, N."""
@@ -232,8 +248,7 @@ class BlockPattern:
             raise ValueError(f"expected indices [B|1, H|1, Nq={num_query_tiles}, K>=1], got shape {tuple(indices.shape)}")
         if counts is not None and counts.shape != indices.shape[:3]:
             raise ValueError(f"expected counts of shape {tuple(indices.shape[:3])}, got {tuple(counts.shape)}")
-        tensors = (indices, counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
-        devices = {t.device for t in tensors if t is not None}
+        devices = {x.device for x in self._tensors()}
         if len(devices) > 1:
             raise ValueError(f"expected all tensors of a pattern on one device, got {sorted(map(str, devices))}")
 
@@ -298,9 +313,13 @@ class BlockPattern:
     def reusable(self) -> BlockPattern:
         """Return the pattern for many calls: what kernels make of its lists is made at the first and kept with it.
 
-        For lists that stay, such as windows: those of a sparse rule that selects anew would only take memory, 16 bytes an
-        entry forward and three times that with gradients (of the Hopper kernels; others keep nothing). It goes with the last
-        reference to the pattern. After a change of a tensor in place nothing that is kept is used any more.
+        For lists that stay, such as windows: those of a sparse rule that selects anew would only take memory. The Hopper
+        kernels keep up to 16 bytes for each listed pair of blocks of up to 64 tokens, up to three times that with gradients;
+        others keep nothing. It goes with the last reference to the pattern. After a change of a tensor in place nothing that is
+        kept is used any more.
+
+        Raises:
+            ValueError: A tensor was made in inference mode, where torch counts no changes.
 
         Example:
             >>> layout = TileLayout.uniform(8, 4)
@@ -310,6 +329,11 @@ class BlockPattern:
         """
         if self.derived is not None:
             return self
+        if any(x.is_inference() for x in self._tensors()):
+            raise ValueError(
+                "expected tensors whose changes torch counts, got some that were made in torch.inference_mode(), where it "
+                "doesn't; make them outside it, under torch.no_grad(), or use the pattern as it is"
+            )
         query_tiles = _keeping(self.query_tiles)
         key_tiles = query_tiles if self.key_tiles is self.query_tiles else _keeping(self.key_tiles)
         kept = replace(self, query_tiles=query_tiles, key_tiles=key_tiles)
@@ -317,14 +341,14 @@ class BlockPattern:
         _reusable[id(kept.indices)] = kept
         return kept
 
-    def _versions(self) -> tuple[int | None, ...]:
-        """How often each tensor was changed in place; those of inference mode don't count."""
-        tensors = (self.indices, self.counts, self.query_tiles.offsets, self.key_tiles.offsets, *self._orders)
-        return tuple(None if x is None or x.is_inference() else x._version for x in tensors)
+    def _versions(self) -> tuple[int, ...]:
+        """How often each tensor was changed in place."""
+        return tuple(x._version for x in self._tensors())
 
-    @property
-    def _orders(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.query_tiles.order, self.key_tiles.order
+    def _tensors(self) -> list[Tensor]:
+        queries, keys = self.query_tiles, self.key_tiles
+        tensors = (self.indices, self.counts, queries.offsets, keys.offsets, queries.order, keys.order)
+        return [x for x in tensors if x is not None]
 
     def is_listed(self) -> Tensor:
         """Which entries of `indices` count, bool, `[B|1, H|1, Nq, K]`."""
@@ -386,14 +410,9 @@ def reusable_pattern(
     found = _reusable.get(id(indices))
     if found is None or found.derived is None or found.indices is not indices or found.counts is not counts:
         return None
-    if not (_are_one(found.query_tiles, query_tiles) and _are_one(found.key_tiles, key_tiles)):
+    if not (found.query_tiles.is_same(query_tiles) and found.key_tiles.is_same(key_tiles)):
         return None
     return found if found.derived[_VERSIONS] == found._versions() else None
-
-
-def _are_one(layout: TileLayout, other: TileLayout) -> bool:
-    """Whether two layouts have the same tensors, and so the same tiles."""
-    return layout.offsets is other.offsets and layout.order is other.order and layout.num_tokens == other.num_tokens
 
 
 def _keeping(layout: TileLayout) -> TileLayout:

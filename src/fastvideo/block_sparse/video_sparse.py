@@ -26,6 +26,7 @@ from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
 from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
 from fastvideo.block_sparse.inference import attend_without_gradients
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
+from fastvideo.tangents import refuse_tangents
 from fastvideo.video import TileGrid, tile_mean
 from fastvideo.video.choose_tile import resolve_tile
 
@@ -102,6 +103,7 @@ def video_sparse_attention(
     tile_tyx = resolve_tile(tile_tyx, grid_tyx)
     if replicated is not None:
         query, key, value, num_replicated = _join_replicated((query, key, value), replicated, num_replicated)
+    refuse_tangents(query=query, key=key, value=value, gate=gate)
     geometry, num_kept = _resolve(query, grid_tyx, tile_tyx, num_replicated, geometry, sparsity, num_kept)
     query, key, value, *gates = as_autocast(query, key, value, *(() if gate is None else (gate,)))
     _check_inputs(query, key, value, geometry)
@@ -112,6 +114,7 @@ def video_sparse_attention(
     gate = _video_gate(gates[0], query, geometry) if gates else None
     if pooled is not None:
         _check_pooled(pooled, (query, key, value), geometry, has_gate=gate is not None)
+        refuse_tangents(**{f"pooled[{place}]": x for place, x in enumerate(pooled)})
     with without_autocast(query.device.type):
         return _run(query, key, value, gate, pooled, geometry, num_kept, scale, impl)
 

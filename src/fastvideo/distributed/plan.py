@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastvideo.distributed.plan_cost import H200, HGX, Call, Cost, DeviceModel, LinkModel, cost_of, shares_of
-from fastvideo.distributed.ulysses import groups_that_pay
+from fastvideo.distributed.ulysses import groups_that_pay, groups_that_travel
 
 __all__ = ["DeviceModel", "LinkModel", "Plan", "PlannedLayout", "plan"]
 
@@ -257,13 +257,11 @@ def _plan(
 
 def _pieces(call: Call, ring: int, ulysses: int, gathers: bool, wanted: int | None, needs_grad: bool, is_one_node: bool) -> int:
     """Return into how many pieces each rank's heads are cut."""
-    if call.kv_heads % ulysses or (ulysses == 1 and (call.causal or not gathers)):
-        return 1
     if wanted is None:
         elements = call.batch * call.seq * call.heads // ulysses * call.head_size
         pay = groups_that_pay(elements, ulysses, ring, is_sparse=call.is_sparse, needs_grad=needs_grad)
         wanted = pay if is_one_node else 1
-    return min(wanted, call.kv_heads // ulysses)
+    return groups_that_travel(wanted, call.kv_heads, ulysses, gathers=gathers, is_causal=call.causal)
 
 
 def _candidates(world_size: int) -> Iterator[tuple[str, int, int]]:

@@ -25,6 +25,7 @@ __all__ = [
     "exchange_mask",
     "group_lengths",
     "groups_that_pay",
+    "groups_that_travel",
     "head_route",
     "heads_to_tokens",
     "join_heads",
@@ -136,6 +137,25 @@ def groups_that_pay(elements: int, ulysses: int, ring: int, *, is_sparse: bool, 
     are_many = ulysses > 2
     hides = are_many or not needs_grad if is_sparse else are_many and ring == 1 and not needs_grad
     return 3 if hides and elements >= _WORK_WORTH_GROUPS else 1
+
+
+def groups_that_travel(wanted: int, kv_heads: int, ulysses: int, *, gathers: bool, is_causal: bool) -> int:
+    """Return into how many groups heads are cut: at most `wanted`, where they divide by the ranks and groups can travel alone.
+
+    Args:
+        wanted: Groups asked for.
+        kv_heads: Key heads.
+        ulysses: Ranks that swap heads for tokens.
+        gathers: Keys of other rows come at once, not around a ring.
+        is_causal: Tokens are regrouped, all heads together.
+
+    Example:
+        >>> [groups_that_travel(3, heads, 4, gathers=False, is_causal=False) for heads in (40, 8, 10)]
+        [3, 2, 1]
+    """
+    own_heads, rest = divmod(kv_heads, ulysses)
+    travels = ulysses > 1 or (gathers and not is_causal)
+    return max(1, min(wanted, own_heads)) if travels and rest == 0 else 1
 
 
 def group_lengths(num_heads: int, num_groups: int) -> tuple[int, ...]:

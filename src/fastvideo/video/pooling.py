@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.platforms.triton_support import device_of, runs_triton
+from fastvideo.tangents import refuse_tangents
 from fastvideo.video.tiles import TileGrid
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,6 +32,7 @@ def tile_mean(x: Tensor, grid: TileGrid, sizes: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: For a tensor of another rank or number of tokens.
+        NotImplementedError: For one with a forward-mode tangent.
 
     Example:
         >>> x = torch.arange(6.0).view(1, 6, 1, 1)
@@ -53,6 +55,7 @@ def tile_sum(x: Tensor, grid: TileGrid) -> Tensor:
     """
     if x.ndim != 4 or x.shape[1] != grid.num_tokens:
         raise ValueError(f"expected [B, S={grid.num_tokens}, H, D] for {grid.grid_tyx=}, got {tuple(x.shape)}")
+    refuse_tangents(x=x)
     sums: Tensor = _tile_sum_op(x, grid.grid_tyx, grid.tile_tyx)
     return sums
 

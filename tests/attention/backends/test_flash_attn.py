@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastvideo.attention.backends import flash_attn
 from fastvideo.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl, choose_generation, kernels
@@ -333,6 +334,13 @@ def test_a_missing_gradient_is_refused_before_the_call(package: str) -> None:
     if package != "flash-attn-4":
         with pytest.raises(NotImplementedError, match="gradient through the log-sum-exp"):
             run(**inputs, return_lse=True)
+
+
+@pytest.mark.parametrize("package", ["fa3-fwd", "flash-attn-4"], indirect=True)
+def test_a_forward_mode_tangent_is_refused_where_our_op_would_drop_it(package: str) -> None:
+    inputs = make_inputs()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"tangent .*, got value with one"):
+        run(**{**inputs, "value": forward_ad.make_dual(inputs["value"], torch.ones_like(inputs["value"]))})
 
 
 @pytest.mark.parametrize("package", ["flash-attn-4"], indirect=True)

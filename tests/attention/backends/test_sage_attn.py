@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvideo.attention import attention, explain
 from fastvideo.attention.backends.sage_attn import SageAttentionBackend, SageAttentionImpl, _sage_attention
@@ -177,6 +178,12 @@ def test_a_gradient_is_an_error_and_not_zero(package: None) -> None:
         SageAttentionImpl(4, 64, 0.0).forward(query, key, value, None)
     with pytest.raises(BackendUnavailable, match=r"SAGE_ATTN: .*gradient"):
         attention(query, key, value, backend="SAGE_ATTN")
+
+
+def test_a_forward_mode_tangent_is_refused(package: None) -> None:
+    query, key, value = make_inputs()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"tangent .*, got key with one"):
+        SageAttentionImpl(4, 64, 0.2).forward(query, forward_ad.make_dual(key, torch.ones_like(key)), value, None)
 
 
 def test_op(package: None) -> None:

@@ -245,7 +245,7 @@ def test_launches_that_layouts_keep_differ_as_calls_do() -> None:
 
 
 @pytest.mark.usefixtures("kernels_in_torch")
-@pytest.mark.parametrize(("shape", "in_step"), [("even_64", False), ("edges", False), ("even_64", True)])
+@pytest.mark.parametrize(("shape", "in_step"), [("even_64", False), ("edges", False), ("even_64", True), ("edges", True)])
 def test_a_reusable_pattern_is_planned_once(shape: str, in_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward give the same bits, and no kernel that plans or places rows runs after the first call."""
     query_sizes, key_sizes, batch, heads = SHAPES[shape]
@@ -278,6 +278,13 @@ def test_a_reusable_pattern_is_planned_once(shape: str, in_step: bool, monkeypat
         assert torch.equal(one, fresh), name
         assert torch.equal(other, fresh), name
     assert (len(num_plans), len(num_layouts)) == made
+    plans = [plan for key, plan in reusable.derived.items() if key[0] == "hopper plan"]
+    if in_step:
+        assert len(plans) == 2, "shared lists are planned once by query and once by key, for all launches"
+    # What the docstring promises, beside what ends walks.
+    num_pairs = reusable.indices.numel() * -(-max(query_sizes) // 64) * -(-max(key_sizes) // 64)
+    ends = 80 * sum(x.meta.shape[:2].numel() for x in plans) + 64 * len(plans)
+    assert sum(x.rows.nbytes + x.masks.nbytes for x in plans) <= 3 * 16 * num_pairs + ends
 
 
 class Attention(torch.autograd.Function):

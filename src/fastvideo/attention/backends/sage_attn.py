@@ -22,6 +22,7 @@ from fastvideo.attention.backends.abstract import AttentionBackend, AttentionImp
 from fastvideo.attention.backends.dense import DenseMetadataBuilder, common_rejections, with_positive_scale
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.platforms import System, current_platform
+from fastvideo.tangents import refuse_tangents
 
 __all__ = ["SageAttentionBackend", "SageAttentionImpl"]
 
@@ -142,8 +143,9 @@ class SageAttentionImpl(AttentionImpl[AttentionMetadata]):
 
         Raises:
             ValueError: The scale is 0.
-            NotImplementedError: A gradient is needed.
+            NotImplementedError: A gradient is needed, or an input has a forward-mode tangent.
         """
+        refuse_tangents(query=query, key=key, value=value)
         if self.softmax_scale == 0:
             raise ValueError("SAGE_ATTN can't take a scale of 0, got softmax_scale=0; use TORCH_SDPA")
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastvideo.tangents import refuse_tangents
+
 __all__ = ["NOT_PACKED", "Lengths", "run_fa2", "run_fa3", "run_fa3_forward", "run_fa4"]
 
 Lengths = tuple[torch.Tensor | None, torch.Tensor | None, int, int]
@@ -150,6 +152,7 @@ def _run_op(
     is_causal: bool,
     *_unused: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    refuse_tangents(query=query, key=key, value=value)
     output, lse = _flash(query, key, value, *lengths, scale, is_causal, package)
     return output, lse
 

@@ -18,7 +18,7 @@ from fastvideo.block_sparse.impl.hopper.packing import PackedLayout, pack_layout
 from fastvideo.block_sparse.impl.hopper.plan import Plan, Planner, planner_of
 from fastvideo.block_sparse.impl.hopper.queues import QueueFiller
 from fastvideo.block_sparse.impl.hopper.rows import Rows, in_place, maps_of_pairs, pack_keys
-from fastvideo.block_sparse.pattern import BlockPattern, TileLayout
+from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.platforms.triton_launch import PreparedKernel
 from fastvideo.platforms.triton_support import device_of
 
@@ -93,17 +93,9 @@ def _places(names: str, x: Tensor, packed: PackedLayout, *, is_packed: bool) -> 
     return dict(zip(map(names.format, ("row_b", "row_h", "column_h")), places, strict=True))
 
 
-def _is_same(one: TileLayout, other: TileLayout) -> bool:
-    if one.offsets.data_ptr() != other.offsets.data_ptr() or one.num_tokens != other.num_tokens:
-        return False
-    if one.order is None or other.order is None:
-        return one.order is other.order
-    return one.order.data_ptr() == other.order.data_ptr()
-
-
 def _pack_layouts(pattern: BlockPattern) -> tuple[PackedLayout, PackedLayout]:
     queries = pack_layout(pattern.query_tiles)
-    is_one = _is_same(pattern.query_tiles, pattern.key_tiles)
+    is_one = pattern.query_tiles.is_same(pattern.key_tiles)
     return queries, queries if is_one else pack_layout(pattern.key_tiles)
 
 

@@ -82,12 +82,13 @@ class Planner:
     def __init__(
         self, shape: torch.Size, own: PackedLayout, walked: PackedLayout, heads: tuple[int, int, int], *, by_key: bool
     ) -> None:
-        self._name = ("hopper plan", by_key, heads)
         batch, list_heads, num_queries, width = shape
         # Strides of contiguous lists, 0 where all share one.
         s_h = num_queries * width if list_heads > 1 else 0
         s_b = list_heads * num_queries * width if batch > 1 else 0
         first_head, num_heads, total = heads if s_b or s_h else (0, 1, heads[2])
+        # Lists that all heads share have one plan, whichever heads a launch works on.
+        self._name = ("hopper plan", by_key, *(heads if s_b or s_h else ()))
         # Heads of one sample; only lists that differ by sample or head ask.
         num_list_heads = list_heads if list_heads > 1 else total // batch if batch > 1 else total
         lists = {"s_b": s_b, "s_h": s_h, "first_head": first_head, "HEADS": num_list_heads, "WIDTH": width}
