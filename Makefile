@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The suite compiles the kernels with the Triton that is installed, which is the newest.
 OLDEST_TRITON := 3.6.0
 TRITON_DIR := $(VENV)/triton-$(OLDEST_TRITON)
-COMPILE_TESTS := $(addprefix tests/block_sparse/,impl/test_hopper_compile.py test_triton.py test_video_kernels.py) tests/distributed/test_merge.py tests/platforms/test_triton_launch.py
+COMPILE_TESTS := $(addprefix tests/block_sparse/,impl/test_hopper_compile.py test_triton.py test_video_kernels.py) tests/distributed/test_merge.py tests/distributed/test_row_kernels.py tests/platforms/test_triton_launch.py
 
 .PHONY: generate test compile lint check bench clean
 

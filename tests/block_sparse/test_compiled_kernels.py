@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from ..distributed import test_merge
+from ..distributed import test_merge, test_row_kernels
 from . import test_triton, test_video_kernels
 from .hopper_compiler import launched_kernels
 from .impl import test_hopper_compile
@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kernel_is_compiled_by_a_test() -> None:
-    compiled = test_triton.COMPILED | test_video_kernels.COMPILED | test_hopper_compile.COMPILED | test_merge.COMPILED
+    modules = (test_triton, test_video_kernels, test_hopper_compile, test_merge, test_row_kernels)
+    compiled = set().union(*[module.COMPILED for module in modules])
     kernels = launched_kernels()
     assert len(kernels) >= 25
     assert kernels - compiled == set()
@@ -36,5 +37,5 @@ def test_ci_compiles_with_the_oldest_triton_too() -> None:
     folder = re.search(rf"--target (\S+) triton=={oldest}\.0$", install).group(1)
     (run,) = [line for line in recipe.splitlines() if "pytest" in line]
     assert f"PYTHONPATH=src:{folder} " in run
-    for tests in (test_triton, test_video_kernels, test_hopper_compile, test_merge):
+    for tests in (test_triton, test_video_kernels, test_hopper_compile, test_merge, test_row_kernels):
         assert str(Path(tests.__file__).relative_to(ROOT)) in run

@@ -122,6 +122,8 @@ class ThreadMemory:
 
         stream.give(copy)
 
+    copy_here = copy
+
     def _write(self, stream: Caller | ThreadStream, kind: str, peers: Sequence[int], number: int) -> None:
         assert self.rank not in peers
 

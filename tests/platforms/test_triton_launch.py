@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fastvideo.platforms import triton_launch
 from fastvideo.platforms.triton_launch import PreparedKernel
 
 
@@ -77,7 +79,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(driver, "_active", recorder)
     yield recorder
     # What was compiled for one recorder is loaded there.
-    add_kernel.device_caches.clear()
+    for kernel in (add_kernel, double_kernel):
+        kernel.device_caches.clear()
     gc.collect()
 
 
@@ -116,6 +119,27 @@ def test_further_launches_go_past_triton(recorder: Recorder, monkeypatch: pytest
     monkeypatch.setattr(type(add_kernel), "run", None)
     prepared(*tensors())
     assert len(recorder.launches) == 2
+
+
+@triton.jit(do_not_specialize=["x", "total"])
+def double_kernel(x, total, SIZE: tl.constexpr):
+    o_entry = tl.arange(0, SIZE)
+    b_x = tl.load(x.to(tl.pointer_type(tl.float32)) + o_entry)
+    tl.store(total.to(tl.pointer_type(tl.float32)) + o_entry, 2 * b_x)
+
+
+def test_addresses_on_a_stream(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses need no tensors; the first launch goes through Triton, on that stream too."""
+    entered: list[int] = []
+    monkeypatch.setattr(triton_launch, "_stream", lambda device, handle: (device, handle))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or contextlib.nullcontext())
+    prepared = PreparedKernel(double_kernel, (3,), ("x", "total"), {"SIZE": 16})
+    for x, total in ((1 << 44, 3 << 44), (5 << 44, 7 << 44)):
+        prepared(x, total, on=(-1, 9))
+    (_, stream, function, first), (grid, other, same, second) = recorder.launches
+    assert (stream, other, grid, function == same) == (7, 9, [3, 1, 1], True)
+    assert entered == [(-1, 9)]
+    assert (first[:2], second[:2]) == ([1 << 44, 3 << 44], [5 << 44, 7 << 44])
 
 
 def test_who_hooks_into_launches_is_told(recorder: Recorder) -> None:

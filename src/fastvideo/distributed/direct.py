@@ -103,7 +103,7 @@ class DirectExchange:
             tensors: What this rank sends.
             routes: The route of each.
             into: Where what is received goes, of its shape, if there is one tensor.
-            is_hidden: Other work goes on meanwhile, so that copy engines pack; kernels are faster, and in the way.
+            is_hidden: Other work goes on meanwhile, which packing should not hold up.
 
         Returns:
             For each what is received, to be read after `finish`: of the route's shape, or flat if parts overlap there.
@@ -123,15 +123,15 @@ class DirectExchange:
             packing = copies if is_hidden and recipe.is_copied else current
             _wait_for_readers(memory, packing, claim.waits)
             for piece in recipe.packs:
-                if piece.moves is not None and (packing is copies or piece.is_plain):
-                    memory.copy(packing, piece.moves, bases)
+                if piece.moves is not None:
+                    memory.copy_here(packing, piece.moves, bases)
                 else:
                     _copy_by_kernel(piece, tensors, memory.view(tensors[piece.source.base].dtype), claim.start)
             if recipe.readers:
                 memory.follow((memory.words,), packing)
                 memory.write_written(memory.words, recipe.readers, claim.number)
             if recipe.stays:
-                memory.copy(own, recipe.stays, bases)
+                memory.copy_here(own, recipe.stays, bases)
             for peer, moves in recipe.fetches:
                 memory.wait_written(copies, (peer,), claim.number)
                 memory.copy(copies, moves, bases)
@@ -168,7 +168,7 @@ class DirectExchange:
             memory.copy(copies, recipe.sends, bases)
             if recipe.receivers:
                 memory.write_written(copies, recipe.receivers, claim.number)
-            memory.copy(own, recipe.own, bases)
+            memory.copy_here(own, recipe.own, bases)
             if recipe.senders:
                 memory.wait_written(own, recipe.senders, claim.number)
             coming = _Coming(received, memory.mark(own), memory.mark(copies), tensors, claim.number)

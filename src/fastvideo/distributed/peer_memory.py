@@ -64,7 +64,11 @@ class PeerMemory(Protocol):
         ...
 
     def copy(self, stream: Any, moves: Sequence[Move], bases: Sequence[int]) -> None:
-        """Copy rows between memories that begin at `bases`."""
+        """Copy rows between devices, whose memories begin at `bases`."""
+        ...
+
+    def copy_here(self, stream: Any, moves: tuple[Move, ...], bases: Sequence[int]) -> None:
+        """Copy rows within this rank's device."""
         ...
 
     def write_written(self, stream: Any, peers: Sequence[int], number: int) -> None:

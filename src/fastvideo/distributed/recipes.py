@@ -35,11 +35,6 @@ class Piece(NamedTuple):
     source: Form
     moves: tuple[Move, ...] | None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is one stretch of memory here and there, which needs no kernel to be fast."""
-        return self.moves is not None and all(move.number == 1 for move in self.moves)
-
 
 class Fetching(NamedTuple):
     """How a rank carries out an exchange in which each fetches its parts.

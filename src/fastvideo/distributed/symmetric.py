@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from fastvideo.distributed.driver import Driver, open_driver
 from fastvideo.distributed.rows import Move
+from fastvideo.platforms.triton_support import runs_triton
 
 __all__ = ["SymmetricMemory", "release", "why_not_symmetric"]
 
@@ -83,7 +84,7 @@ class SymmetricMemory:
         capacity: Bytes of memory of each rank.
         addresses: Where that of each rank starts.
         copies: The stream of copies between devices.
-        own: The stream of copies that stay on this one.
+        own: The stream of copies that stay on this device.
         words: The stream of words that are to hold up nothing.
     """
 
@@ -97,6 +98,9 @@ class SymmetricMemory:
         with torch.cuda.device(device):
             self._passing = driver.new_event()
         self._events: list[int] = []
+        self._launch = (
+            importlib.import_module("fastvideo.distributed.row_kernels").launch_moves if runs_triton(device) else None
+        )
 
     @classmethod
     def open(cls, device: torch.device, group: dist.ProcessGroup, capacity: int) -> tuple[SymmetricMemory | None, str | None]:
@@ -179,6 +183,11 @@ class SymmetricMemory:
     def copy(self, stream: int, moves: Sequence[Move], bases: Sequence[int]) -> None:
         """See `PeerMemory`."""
         self._driver.copy(stream, moves, bases)
+
+    def copy_here(self, stream: int, moves: tuple[Move, ...], bases: Sequence[int]) -> None:
+        """See `PeerMemory`."""
+        rest = moves if self._launch is None else self._launch(moves, bases, self._device.index, stream)
+        self._driver.copy(stream, rest, bases)
 
     def write_written(self, stream: int, peers: Sequence[int], number: int) -> None:
         """See `PeerMemory`."""

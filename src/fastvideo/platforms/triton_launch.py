@@ -8,9 +8,12 @@ What differs between versions of Triton about launches is read in this file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 __all__ = ["PreparedKernel"]
 
@@ -64,14 +67,17 @@ class PreparedKernel:
         self._grid_xyz = (*grid, 1, 1)[:3]
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
-    def __call__(self, *given: Any) -> None:
+    def __call__(self, *given: Any, on: tuple[int, int] | None = None) -> None:
         """Launch.
 
         Args:
-            *given: The descriptors, then the tensors, of which all but the first may be None.
+            *given: The descriptors, then the tensors, of which all but the first may be None. Addresses, as integers, may stand
+                for all of them.
+            on: The current device's index and the handle of the stream to launch on, in place of the current one; needed with
+                addresses.
         """
         count = self._num_descriptors
-        device = given[count].get_device()
+        device = given[count].get_device() if on is None else on[0]
         # The dtypes, in brackets where the memory is not aligned, and what the kernel takes.
         kinds: list[Any] = [device]
         values: list[Any] = []
@@ -79,9 +85,9 @@ class PreparedKernel:
             kinds.append(x.base.dtype)
             values.append(x)
         for x in given[count:] if count else given:
-            if x is None:
-                values.append(None)
-                kinds.append(None)
+            if x is None or type(x) is int:
+                values.append(x)
+                kinds.append(type(x))
             else:
                 address = x.data_ptr()
                 values.append(address)
@@ -89,10 +95,11 @@ class PreparedKernel:
         key = tuple(kinds)
         variant = self._variants.get(key)
         if variant is None or self._kernel.pre_run_hooks or _is_hooked():
-            self._launch_by_triton(key, given)
+            with contextlib.nullcontext() if on is None else torch.cuda.stream(_stream(*on)):
+                self._launch_by_triton(key, given)
             return
         run, function, metadata, rest, _ = variant
-        stream = _runtime()[1].active.get_current_stream(device)
+        stream = _runtime()[1].active.get_current_stream(device) if on is None else on[1]
         # Nobody is to be told of the launch.
         run(*self._grid_xyz, stream, function, metadata, None, None, None, *values, *rest)
 
@@ -116,6 +123,10 @@ def _runtime() -> tuple[Any, Any]:
     from triton.runtime import driver
 
     return knobs.runtime, driver
+
+
+def _stream(device: int, handle: int) -> torch.cuda.Stream:
+    return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
 
 
 def _is_hooked() -> bool:
