@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastvideo.attention import shared_call
 from fastvideo.attention.shared_call import SharedCall, num_head_groups
 from fastvideo.distributed import split_lengths
-from fastvideo.distributed.collectives import Launched, give_back, kept, launch_exchange, pack, unpack
+from fastvideo.distributed.collectives import Launched, give_back, kept, pack, unpack
 from fastvideo.distributed.layouts import ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.precision import from_float8, to_float8
@@ -89,13 +89,6 @@ def test_what_is_sent_is_contiguous(lengths: tuple[int, ...], batch: int) -> Non
     flat = pack(torch.ones(()).expand(batch, 8, 2), consecutive(1, lengths))
     assert flat.is_contiguous()
     assert torch.equal(flat, torch.ones(batch * 16))
-
-
-def test_nothing_is_put_elsewhere_where_a_gradient_is_recorded() -> None:
-    x = torch.ones(1, 4, 2, 3, requires_grad=True)
-    route = gather_route(x.shape, 1, (4, 4))
-    with pytest.raises(ValueError, match="no `into` where a gradient is recorded"):
-        launch_exchange(x, route, SequenceGroup("", (0, 1), 0), into=torch.empty(1, 8, 2, 3))
 
 
 @FAST

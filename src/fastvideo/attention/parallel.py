@@ -8,6 +8,7 @@ The layer has checked the call; here the tensors travel. Each layout is made of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,12 +28,14 @@ from fastvideo.distributed.collectives import (
     finish_exchange,
     give_back,
     kept,
+    lands_anywhere,
     launch_exchange,
     launch_exchanges,
 )
 from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
 from fastvideo.distributed.ring import attend_in_parts, causal_steps, regroup_route, ring_steps
+from fastvideo.distributed.rooms import Room
 from fastvideo.distributed.routes import gather_route
 from fastvideo.distributed.shards import gather_over_mesh, rows_of_mesh, sum_over_mesh
 from fastvideo.distributed.ulysses import (
@@ -42,6 +45,7 @@ from fastvideo.distributed.ulysses import (
     group_lengths,
     head_route,
     join_heads,
+    room_of,
     share_heads,
     token_route,
 )
@@ -191,7 +195,8 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
     # One group ahead of the one that is awaited, so that packing it fills the time.
     arriving = [launch(number) for number in range(min(2, len(groups)))]
     leaving, rests = [], []
-    room: Tensor | None = None
+    # Groups differ in heads alone, so each goes to its place in the whole.
+    room = _room([shares.query[0][1] - shares.query[0][0] for shares in groups], call.query, ulysses)
     for number, shares in enumerate(groups):
         if 0 < number < len(groups) - 1:
             arriving.append(launch(number + 1))
@@ -203,20 +208,14 @@ def _swap_heads(call: SharedCall, layout: Layout, chosen: Chosen) -> tuple[Tenso
         output, rest = kept(output, arrived[0]), None if rest is None else kept(rest, arrived[0])
         output = call.packed(output)
         route = token_route(output.shape, shares.query, rows[row], ulysses.rank, is_group=len(groups) > 1)
-        into = None
-        if len(groups) > 1 and not (output.requires_grad and torch.is_grad_enabled()):
-            # Groups differ in heads alone, so each goes to its place in the whole, and nothing is left to join.
-            if room is None:
-                room = output.new_empty(*route.shape[:3], heads[0] // ulysses.size, output.shape[-1])
-            first = shares.query[0][0]
-            into = room[:, :, :, first : first + output.shape[2]]
+        into = None if room is None else functools.partial(room.place, number)
         leaving.append(launch_exchange(output, route, ulysses, into=into, is_hidden=number + 1 < len(groups)))
         if rest is not None:
             route = gather_route(rest.shape, 2, tuple([stop - start for start, stop in shares.query]))
             rests.append(launch_exchange(rest, route, ulysses))
         give_back(arrived[0])
     pieces = [finish_exchange(launched, ulysses) for launched in leaving]
-    output = call.unpacked(join_heads(pieces, ulysses.size) if room is None else room.flatten(2, 3))
+    output = call.unpacked(join_heads(pieces, ulysses.size, room))
     return output, join_heads([finish_exchange(launched, ulysses) for launched in rests], ulysses.size) if rests else None
 
 
@@ -227,10 +226,12 @@ def _launcher(
     inputs = [(call.query, lengths), (call.key, kv_lengths), (call.value, kv_lengths)]
     inputs += [] if call.gate is None else [(call.gate, lengths)]
     key_heads = group_lengths(call.key.shape[2] // ulysses.size, len(groups))
-    cut = []
+    cut, rooms = [], []
     for x, _ in inputs:
         readers = x.shape[2] // call.key.shape[2]
-        cut.append(cut_heads(call.packed(x), ulysses.size, [readers * count for count in key_heads]))
+        counts = [readers * count for count in key_heads]
+        rooms.append(_room(counts, x, ulysses) if call.needs_grad and x.requires_grad else None)
+        cut.append(cut_heads(call.packed(x), ulysses.size, counts, rooms[-1]))
 
     def launch(number: int) -> list[Launched]:
         shares, pieces = groups[number], [of_input[number] for of_input in cut]
@@ -239,9 +240,15 @@ def _launcher(
             head_route(piece.shape, own, shards, ulysses.rank)
             for piece, own, (_, shards) in zip(pieces, owners, inputs, strict=False)
         ]
-        return launch_exchanges(pieces, routes, ulysses, is_lent=not call.needs_grad)
+        intos = [None if room is None else functools.partial(room.place, number) for room in rooms]
+        return launch_exchanges(pieces, routes, ulysses, gradient_intos=intos, is_lent=not call.needs_grad)
 
     return launch
+
+
+def _room(lengths: list[int], x: Tensor, ulysses: SequenceGroup) -> Room | None:
+    """Return the room for groups of so many heads, if there are several that can arrive in one."""
+    return room_of(lengths) if len(lengths) > 1 and lands_anywhere(x, ulysses) else None
 
 
 def _with_heads(

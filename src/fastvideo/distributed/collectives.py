@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "finish_exchange",
     "give_back",
     "kept",
+    "lands_anywhere",
     "launch_exchange",
     "launch_exchanges",
     "lend",
@@ -41,6 +42,9 @@ __all__ = [
 
 _functional = torch.ops._c10d_functional
 
+Into: TypeAlias = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+"""Gives memory of a shape, of the dtype and on the device of a tensor."""
+
 
 class Launched(NamedTuple):
     """An exchange on its way.
@@ -50,14 +54,14 @@ class Launched(NamedTuple):
         sent: Stands for what was sent, without memory of its own: in the backward pass its gradient is what comes back. `None`
             where no gradient is recorded.
         route: The route.
-        into: Where it is to go, or `None`.
+        gradient_into: Where its gradient is to arrive, or `None`.
         lent: What gives its memory back, if it is lent; `None` where it is this rank's for good.
     """
 
     received: torch.Tensor
     sent: torch.Tensor | None
     route: Route
-    into: torch.Tensor | None = None
+    gradient_into: Into | None = None
     lent: Callable[[], None] | None = None
 
 
@@ -67,7 +71,13 @@ def exchange(x: torch.Tensor, route: Route, group: SequenceGroup) -> torch.Tenso
 
 
 def launch_exchange(
-    x: torch.Tensor, route: Route, group: SequenceGroup, *, into: torch.Tensor | None = None, is_hidden: bool = False
+    x: torch.Tensor,
+    route: Route,
+    group: SequenceGroup,
+    *,
+    into: Into | None = None,
+    gradient_into: Into | None = None,
+    is_hidden: bool = False,
 ) -> Launched:
     """Start an exchange; hand the result to `finish_exchange`, and read it nowhere else.
 
@@ -75,22 +85,16 @@ def launch_exchange(
         x: What this rank sends.
         route: Its route.
         group: The ranks.
-        into: Where what comes is to go, of the route's shape, its inner dims contiguous; only where no gradient is recorded.
+        into: Gives the memory in which what comes is to arrive, its inner dims contiguous. A hint: only copy engines follow it.
+        gradient_into: The same for the gradient of `x`.
         is_hidden: Other work goes on meanwhile, which the exchange should not hold up. A hint: without gradient, and where copy
             engines carry the exchange, it changes how, never what.
-
-    Raises:
-        ValueError: `into` is given, and a gradient is recorded.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         # Two autograd functions would be an eighth of the host time of a dense layer's call.
-        return Launched(start((x,), (route,), group.name, into, is_hidden)[0], None, route, into)
-    if into is not None:
-        raise ValueError(
-            "expected no `into` where a gradient is recorded, got one; what is finished is a tensor of its own there"
-        )
-    received, sent = _Launch.apply(x, route, group.name)  # type: ignore[no-untyped-call]
-    return Launched(received, sent, route)
+        return Launched(start((x,), (route,), group.name, into, is_hidden)[0], None, route)
+    received, sent = _Launch.apply(x, route, group.name, into)  # type: ignore[no-untyped-call]
+    return Launched(received, sent, route, gradient_into)
 
 
 def launch_exchanges(
@@ -98,6 +102,7 @@ def launch_exchanges(
     routes: Sequence[Route],
     group: SequenceGroup,
     *,
+    gradient_intos: Sequence[Into | None] | None = None,
     is_lent: bool = False,
 ) -> list[Launched]:
     """Start the exchange of several tensors; as one, which takes less host time, where what comes is lent.
@@ -106,12 +111,15 @@ def launch_exchanges(
         tensors: What this rank sends.
         routes: The route of each.
         group: The ranks.
+        gradient_intos: For each where its gradient is to arrive, see `launch_exchange`.
         is_lent: What is received is needed for a while only, until `give_back`, so that copy engines may bring it without any
             packing; where no gradient is recorded. Said by all ranks or none, of parts that are joined along dim 1.
     """
     if is_lent and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return lend(tensors, routes, group.name)
-    return [launch_exchange(x, route, group) for x, route in zip(tensors, routes, strict=True)]
+    intos = [None] * len(tensors) if gradient_intos is None else gradient_intos
+    given = zip(tensors, routes, intos, strict=True)
+    return [launch_exchange(x, route, group, gradient_into=into) for x, route, into in given]
 
 
 def lend(tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str) -> list[Launched]:
@@ -146,11 +154,15 @@ def kept(x: torch.Tensor, launched: Launched) -> torch.Tensor:
 
 def finish_exchange(launched: Launched, group: SequenceGroup) -> torch.Tensor:
     """Wait for a launched exchange and return the parts that came, joined."""
-    received, sent, route, into, _ = launched
+    received, sent, route, gradient_into, _ = launched
     if sent is not None:
-        return _Finish.apply(received, sent, route, group.name)  # type: ignore[no-any-return,no-untyped-call]
-    arrived = arrive(received, route, group.name)
-    return arrived if into is None or arrived is into else into.copy_(arrived)
+        return _Finish.apply(received, sent, route, group.name, gradient_into)  # type: ignore[no-any-return,no-untyped-call]
+    return arrive(received, route, group.name)
+
+
+def lands_anywhere(x: torch.Tensor, group: SequenceGroup) -> bool:
+    """Return whether an exchange of tensors like `x` can put what comes where it is told to; the same on every rank."""
+    return direct_exchange(x, group.name) is not None
 
 
 def all_gather(x: torch.Tensor, dim: int, lengths: Sequence[int], group: SequenceGroup) -> torch.Tensor:
@@ -172,13 +184,14 @@ def start(
     tensors: Sequence[torch.Tensor],
     routes: Sequence[Route],
     name: str,
-    into: torch.Tensor | None = None,
+    into: Into | None = None,
     is_hidden: bool = False,
 ) -> Sequence[torch.Tensor]:
     """Start an exchange of several tensors without gradient; read each result by `arrive`. Arguments as `launch_exchange`'s."""
     direct = direct_exchange(tensors[0], name)
     if direct is not None:
-        return direct.start(tensors, routes, into, is_hidden=is_hidden)
+        room = into(tensors[0], routes[0].shape) if into is not None and has_own_places(routes[0]) else None
+        return direct.start(tensors, routes, room, is_hidden=is_hidden)
     return [_start_collective(x, route, name) for x, route in zip(tensors, routes, strict=True)]
 
 
@@ -274,27 +287,31 @@ def _is_in_order(cut: Cut, length: int) -> bool:
 
 class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, route: Route, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x: torch.Tensor, route: Route, name: str, into: Into | None) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.route, ctx.name = route, name
-        (received,) = start((x,), (route,), name)
+        # Or zeros, as large as what was received, would be made for it.
+        ctx.set_materialize_grads(False)
+        (received,) = start((x,), (route,), name, into)
         ctx.mark_non_differentiable(received)
         is_joined = direct_exchange(x, name) is not None and has_own_places(route.back())
         return received, x.new_empty(1).expand(route.source if is_joined else (sum(_counts(route.send, route.source)),))
 
     @staticmethod
-    def backward(ctx: Any, _received: torch.Tensor, returned: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return arrive(returned, ctx.route.back(), ctx.name), None, None
+    def backward(ctx: Any, _received: None, returned: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return arrive(returned, ctx.route.back(), ctx.name), None, None, None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, received: torch.Tensor, _sent: torch.Tensor, route: Route, name: str) -> torch.Tensor:
-        ctx.route, ctx.name = route, name
+    def forward(
+        ctx: Any, received: torch.Tensor, _sent: torch.Tensor, route: Route, name: str, gradient_into: Into | None
+    ) -> torch.Tensor:
+        ctx.route, ctx.name, ctx.into = route, name, gradient_into
         return arrive(received, route, name)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-        return None, start((grad,), (ctx.route.back(),), ctx.name)[0], None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None]:
+        return None, start((grad,), (ctx.route.back(),), ctx.name, ctx.into)[0], None, None, None
 
 
 class _SumGradient(torch.autograd.Function):

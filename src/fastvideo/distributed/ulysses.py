@@ -15,6 +15,7 @@ import torch
 
 from fastvideo.distributed.collectives import all_gather, exchange
 from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.rooms import Room, cut, join
 from fastvideo.distributed.routes import Cut, Interval, Route, consecutive, remembered
 from fastvideo.distributed.shards import split_lengths
 
@@ -29,6 +30,7 @@ __all__ = [
     "head_route",
     "heads_to_tokens",
     "join_heads",
+    "room_of",
     "share_heads",
     "token_route",
     "tokens_to_heads",
@@ -177,13 +179,14 @@ def group_lengths(num_heads: int, num_groups: int) -> tuple[int, ...]:
     return (end, *split_lengths(num_heads - 2 * end, num_groups - 2), end)
 
 
-def cut_heads(x: torch.Tensor, size: int, lengths: Sequence[int]) -> list[torch.Tensor]:
+def cut_heads(x: torch.Tensor, size: int, lengths: Sequence[int], room: Room | None = None) -> list[torch.Tensor]:
     """Return one tensor per group of heads, each with every rank's heads of that group.
 
     Args:
         x: `[B, S, H, D]`.
         size: Number of ranks.
         lengths: Heads of each group on one rank; above one group, H is `size` times their sum.
+        room: Where gradients of several groups arrive, `room_of(lengths)`, if they can.
 
     Returns:
         `[B, S, size, length, D]` each, or `[B, S, length, D]` on one rank; `x` itself if there is one group.
@@ -192,13 +195,21 @@ def cut_heads(x: torch.Tensor, size: int, lengths: Sequence[int]) -> list[torch.
         return [x]
     if size == 1:
         return list(torch.split(x, list(lengths), dim=2))
-    return list(torch.split(torch.unflatten(x, 2, (size, -1)), list(lengths), dim=3))
+    by_rank = torch.unflatten(x, 2, (size, -1))
+    return list(torch.split(by_rank, list(lengths), dim=3) if room is None else cut(by_rank, room))
 
 
-def join_heads(pieces: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Return `[B, S, H, D]` from what `cut_heads` would make of it."""
+def room_of(lengths: Sequence[int]) -> Room:
+    """Return the room for groups of heads `[B, S, size, length, D]`."""
+    return Room(lengths, 3)
+
+
+def join_heads(pieces: Sequence[torch.Tensor], size: int, room: Room | None = None) -> torch.Tensor:
+    """Return `[B, S, H, D]` from what `cut_heads` would make of it, without a copy where that arrived in `room`."""
     if len(pieces) == 1:
         return pieces[0]
+    if room is not None:
+        return join(pieces, room).flatten(2, 3)
     by_rank = [piece if piece.dim() == 5 else torch.unflatten(piece, 2, (size, -1)) for piece in pieces]
     return torch.cat(by_rank, dim=3).flatten(2, 3)
 
