@@ -24,9 +24,7 @@ def test_pieces_that_lie_elsewhere_are_joined() -> None:
     whole = torch.arange(24.0).view(2, 3, 4)
     for moved in (None, 0, 1):
         room = Room((1, 3), -1)
-        pieces = [
-            room.place(i, whole, (2, 3, n)).copy_(piece) for i, (n, piece) in enumerate(zip((1, 3), whole.split([1, 3], -1)))
-        ]
+        pieces = [room.place(i, whole, piece.shape).copy_(piece) for i, piece in enumerate(whole.split([1, 3], -1))]
         memory = pieces[0].untyped_storage().data_ptr()
         if moved is not None:
             pieces[moved] = pieces[moved].clone()

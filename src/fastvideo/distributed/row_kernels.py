@@ -58,8 +58,8 @@ def copy_rows_kernel(
     i_row, i_chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
     target = tl.where(i_move == 0, target_0, tl.where(i_move == 1, target_1, tl.where(i_move == 2, target_2, target_3)))
     source = tl.where(i_move == 0, source_0, tl.where(i_move == 1, source_1, tl.where(i_move == 2, source_2, source_3)))
-    p_target = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
-    p_source = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
+    p_target = tl.multiple_of(target.to(tl.int64).to(tl.pointer_type(tl.int64)), 16)
+    p_source = tl.multiple_of(source.to(tl.int64).to(tl.pointer_type(tl.int64)), 16)
     o_row = (i_row * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     o_word = (i_chunk * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     m_words = (o_row < NUMBER) & (o_word < 2 * LENGTH)
