@@ -94,6 +94,12 @@ def other_layers() -> str:
     return "no error"
 
 
+def other_masks() -> str:
+    mask = torch.zeros(1 + RANK, 1, 3, 6)
+    DistributedAttention(2, 8)(*[torch.ones(2, 3, 2, 8)] * 3, attn_mask=mask)
+    return "no error"
+
+
 def late() -> str:
     time.sleep(0.4 * RANK)
     return str(call(4))
@@ -191,9 +197,10 @@ def compiled() -> str:
 
 
 def opcheck() -> str:
-    x = torch.randn(3, requires_grad=True)
+    x = torch.randn(3)
     arguments = (x, [0, 1], "", "every", TIMEOUT, '[["query", "(3,)"]]')
     results = torch.library.opcheck(torch.ops.fastvideo.agree.default, arguments)
+    results |= torch.library.opcheck(torch.ops.fastvideo.zeros_after.default, (x, [2, 0], torch.bfloat16, 1))
     return ", ".join(sorted(set(results.values())))
 
 
@@ -585,6 +592,7 @@ TOGETHER = (
     lone_new_shape,
     other_order,
     other_layers,
+    other_masks,
     late,
     absent,
     again_after_error,

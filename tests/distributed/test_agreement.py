@@ -46,6 +46,8 @@ DIFFERENCES = {
     "lone_new_shape": "call 4 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
     "other_order": "call 5 of their shared attention: rank 1 has query=(1, 9) where rank 0 has query=(1, 4)",
     "other_layers": "call 2 of their shared attention: rank 1 has layer=blocks.2 where rank 0 has layer=blocks.1",
+    "other_masks": "call 1 of their shared attention: rank 1 has mask=('additive', 2, 1) "
+    "where rank 0 has mask=('additive', 1, 1)",
     "new_lone_shape": "call 4 of their shared attention: rank 1 has query=(1, 5) where rank 0 has query=(1, 4)",
     "new_other_order": "call 8 of their shared attention: rank 1 has query=(1, 9) where rank 0 has query=(1, 4) [entered 0]",
     "new_behind": "call 3 of their shared attention: rank 1 has query=(1, 9) where rank 0 has query=(1, 4)",

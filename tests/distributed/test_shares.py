@@ -284,7 +284,7 @@ def test_groups_hold_all_heads_and_begin_and_end_small(num_heads: int, num_group
         (75_600, 4, False, True, "direct", 3),
         (75_600, 4, True, True, "direct", 3),
         (75_600, 2, False, True, "direct", 3),
-        (75_600, 2, True, True, "direct", 1),
+        (75_600, 2, True, True, "direct", 3),
         (75_600, 8, False, True, "direct", 1),
         (32_760, 2, False, True, "direct", 1),
         (75_600, 4, False, False, "direct", 3),

@@ -31,6 +31,7 @@ from fastvideo.distributed.collectives import (
     lands_anywhere,
     launch_exchange,
     launch_exchanges,
+    tied,
 )
 from fastvideo.distributed.layouts import Layout, ranked_layouts, resolve_layout
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup
@@ -146,7 +147,11 @@ def run_shared(call: SharedCall, group: SequenceGroup, layout: Layout, chosen: C
     Returns:
         The output of this device's tokens, `[B, S_q, H, D]`, and that of the replicated ones, `[B, R, H, D]`, or `None`.
     """
-    output, rest = _attend_shared(_with_shared_gradients(call, group), group, layout, chosen)
+    shared = _with_shared_gradients(call, group)
+    output, rest = _attend_shared(shared, group, layout, chosen)
+    if torch.compiler.is_compiling() and call.reduces and call.replicated is not None:
+        # A device that doesn't work on them takes part in the sum of their gradients, after its peers' forward pass.
+        output = _tied(output, replace(call, replicated=shared.replicated), only_replicated=True)
     exchanges = call.reduces or sum(call.kv_lengths) > 0
     if call.agreed_on is None or not (call.needs_grad and exchanges):
         return output, rest
@@ -384,8 +389,9 @@ def _gather_keys(call: SharedCall, ring: SequenceGroup, chosen: Chosen) -> tuple
     return torch.cat(outputs, dim=2), torch.cat(rests, dim=2) if rests else None
 
 
-def _tied(x: Tensor, call: SharedCall) -> Tensor:
-    """Return `x`, which is empty, as the outcome of every input of the call, so that their gradients flow, being 0."""
-    inputs = [call.query, call.key, call.value, call.gate, call.mask, *(call.replicated or ())]
-    ties = [0 * tensor.sum() for tensor in inputs if tensor is not None and tensor.is_floating_point()]
-    return x + torch.stack(ties).sum().to(x.dtype)
+def _tied(x: Tensor, call: SharedCall, *, only_replicated: bool = False) -> Tensor:
+    """Return `x` as the outcome of every input of the call, to which they add nothing: peers exchange their gradients."""
+    inputs = [*(call.replicated or ())]
+    inputs += [] if only_replicated else [call.query, call.key, call.value, call.gate, call.mask]
+    others = {id(tensor): tensor for tensor in inputs if tensor is not None and tensor is not x and tensor.is_floating_point()}
+    return tied(x, list(others.values()))

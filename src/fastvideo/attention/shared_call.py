@@ -14,6 +14,7 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.compilation import plain
 from fastvideo.distributed.agreement import agree
+from fastvideo.distributed.collectives import together
 from fastvideo.distributed.direct import exchange_kind
 from fastvideo.distributed.layouts import Layout
 from fastvideo.distributed.mesh import SequenceGroup
@@ -219,7 +220,7 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
         RanksDisagree: A rank makes another call, or none within the timeout.
     """
     batch, _, num_heads, head_size = call.query.shape
-    mask = None if call.mask is None or kind is None else (kind, *([call.mask.shape[1]] if call.mask.dim() == 4 else []))
+    mask = None if call.mask is None or kind is None else (kind, *(call.mask.shape[:2] if call.mask.dim() == 4 else []))
     gradients = call.gradients
     fields: dict[str, Any] = {
         "pass": "forward" if gradients else "inference",
@@ -240,8 +241,20 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
         "float8": call.sends_float8,
         "scale": call.scale,
     }
-    query = agree(call.query, group, **fields)
-    return replace(call, query=query, agreed_on=fields)
+    agree(call.query, group, **fields)
+    call = replace(call, agreed_on=fields)
+    return _with_one_gradient(call) if "+" in gradients and group.size > 1 else call
+
+
+def _with_one_gradient(call: SharedCall) -> SharedCall:
+    """Return the call with inputs whose gradients come together: all are exchanged, whichever of them a rank asks for."""
+    inputs = (call.query, call.key, call.value, call.gate, call.mask, *(call.replicated or ()))
+    recorded = {id(x): x for x in inputs if x is not None and x.requires_grad}
+    views = dict(zip(recorded, together(tuple(recorded.values())), strict=True))
+    query, key, value, gate, mask, *replicated = [views.get(id(x), x) for x in inputs]
+    return replace(
+        call, query=query, key=key, value=value, gate=gate, mask=mask, replicated=tuple(replicated) if replicated else None
+    )
 
 
 def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_sparse: bool) -> int:

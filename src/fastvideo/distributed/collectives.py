@@ -37,6 +37,8 @@ __all__ = [
     "lend",
     "start",
     "sum_gradient",
+    "tied",
+    "together",
     "unpack",
 ]
 
@@ -259,7 +261,9 @@ def _start_collective(x: torch.Tensor, route: Route, name: str) -> torch.Tensor:
     sent, received = _counts(route.send, route.source), _counts(route.receive, route.shape)
     if route.is_gather and len(set(received)) == 1:
         return _functional.all_gather_into_tensor(x.contiguous().view(-1), len(sent), name)  # type: ignore[no-any-return]
-    return _functional.all_to_all_single(pack(x, route.send), received, sent, name)  # type: ignore[no-any-return]
+    is_traced_empty = torch.compiler.is_compiling() and x.numel() == 0
+    flat = _zeros_op(x.detach(), [0], x.dtype, 0) if is_traced_empty else pack(x, route.send)
+    return _functional.all_to_all_single(flat, received, sent, name)  # type: ignore[no-any-return]
 
 
 def _counts(cut: Cut, shape: tuple[int, ...]) -> list[int]:
@@ -283,6 +287,51 @@ def _is_in_order(cut: Cut, length: int) -> bool:
             return False
         position = part[0][1]
     return position == length
+
+
+def tied(x: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return `x`, to which `inputs` add nothing, as the outcome of them too, so that their gradients flow, being 0."""
+    return _Tied.apply(x, *inputs)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.library.custom_op("fastvideo::zeros_after", mutates_args=())
+def _zeros_op(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, _number: int) -> torch.Tensor:
+    """Return zeros that no compiler knows before `x`, though none of its numbers counts, or takes for those of another number.
+
+    A gradient that is 0 whatever comes would be exchanged in the forward pass, or two such as one, where peers don't.
+    """
+    return x.new_zeros(shape, dtype=dtype)
+
+
+@_zeros_op.register_fake
+def _(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, _number: int) -> torch.Tensor:
+    return x.new_empty(shape, dtype=dtype)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.kinds = [(list(x.shape), x.dtype) for x in inputs]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grad, *[_zeros_op(grad, shape, dtype, number) for number, (shape, dtype) in enumerate(ctx.kinds)]
+
+
+def together(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return views of tensors, all of whose gradients are computed where any of them is asked for."""
+    return _Together.apply(*tensors)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple([x.view_as(x) for x in tensors])
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grads
 
 
 class _Launch(torch.autograd.Function):

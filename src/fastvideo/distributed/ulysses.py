@@ -121,9 +121,9 @@ def check_heads(num_heads: int, num_kv_heads: int, group: SequenceGroup) -> None
 def groups_that_pay(elements: int, ulysses: int, ring: int, *, is_sparse: bool, needs_grad: bool) -> int:
     """Return into how many groups heads are best cut where copy engines carry them, so that one travels behind another's work.
 
-    Three, where they hide something: in attention of much work. With a gradient, whose backward pass has thrice the work to
-    hide an exchange behind, only in sparse attention between more than two ranks. Dense attention takes so long that its
-    exchange counts between more than two ranks alone, where heads are swapped for tokens and nothing else travels.
+    Three, where they hide something: in sparse attention of much work. Dense attention takes so long that its exchange counts
+    between more than two ranks alone, where heads are swapped for tokens and nothing else travels, and where no backward pass
+    follows, which has thrice the work to hide an exchange behind.
 
     Args:
         elements: Those of a rank's queries.
@@ -136,8 +136,7 @@ def groups_that_pay(elements: int, ulysses: int, ring: int, *, is_sparse: bool, 
         >>> groups_that_pay(75_600 * 10 * 128, 4, 1, is_sparse=False, needs_grad=False)
         3
     """
-    are_many = ulysses > 2
-    hides = are_many or not needs_grad if is_sparse else are_many and ring == 1 and not needs_grad
+    hides = is_sparse or (ulysses > 2 and ring == 1 and not needs_grad)
     return 3 if hides and elements >= _WORK_WORTH_GROUPS else 1
 
 
