@@ -24,6 +24,7 @@ from fastvideo.attention.shared_call import SharedCall, as_planned, heads_at_bac
 from fastvideo.distributed.agreement import agree_on_backward
 from fastvideo.distributed.collectives import (
     Launched,
+    distinct,
     exchange,
     finish_exchange,
     give_back,
@@ -393,5 +394,4 @@ def _tied(x: Tensor, call: SharedCall, *, only_replicated: bool = False) -> Tens
     """Return `x` as the outcome of every input of the call, to which they add nothing: peers exchange their gradients."""
     inputs = [*(call.replicated or ())]
     inputs += [] if only_replicated else [call.query, call.key, call.value, call.gate, call.mask]
-    others = {id(tensor): tensor for tensor in inputs if tensor is not None and tensor is not x and tensor.is_floating_point()}
-    return tied(x, list(others.values()))
+    return tied(x, distinct([y for y in inputs if y is not None and y is not x and y.is_floating_point()]))

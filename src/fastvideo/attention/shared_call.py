@@ -14,7 +14,7 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionMetadata
 from fastvideo.compilation import plain
 from fastvideo.distributed.agreement import agree
-from fastvideo.distributed.collectives import together
+from fastvideo.distributed.collectives import distinct, together
 from fastvideo.distributed.direct import exchange_kind
 from fastvideo.distributed.layouts import Layout
 from fastvideo.distributed.mesh import SequenceGroup
@@ -249,9 +249,9 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
 def _with_one_gradient(call: SharedCall) -> SharedCall:
     """Return the call with inputs whose gradients come together: all are exchanged, whichever of them a rank asks for."""
     inputs = (call.query, call.key, call.value, call.gate, call.mask, *(call.replicated or ()))
-    recorded = {id(x): x for x in inputs if x is not None and x.requires_grad}
-    views = dict(zip(recorded, together(tuple(recorded.values())), strict=True))
-    query, key, value, gate, mask, *replicated = [views.get(id(x), x) for x in inputs]
+    recorded = distinct([x for x in inputs if x is not None and x.requires_grad])
+    views = list(zip(recorded, together(recorded), strict=True))
+    query, key, value, gate, mask, *replicated = [next((view for y, view in views if x is y), x) for x in inputs]
     return replace(
         call, query=query, key=key, value=value, gate=gate, mask=mask, replicated=tuple(replicated) if replicated else None
     )

@@ -27,6 +27,7 @@ __all__ = [
     "Launched",
     "all_gather",
     "arrive",
+    "distinct",
     "exchange",
     "finish_exchange",
     "give_back",
@@ -319,8 +320,17 @@ class _Tied(torch.autograd.Function):
         return grad, *[_zeros_op(grad, shape, dtype, number) for number, (shape, dtype) in enumerate(ctx.kinds)]
 
 
-def together(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Return views of tensors, all of whose gradients are computed where any of them is asked for."""
+def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each tensor once. Traced functions take none twice, and know none by `id`."""
+    found: list[torch.Tensor] = []
+    for x in tensors:
+        if all(x is not y for y in found):
+            found.append(x)
+    return found
+
+
+def together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return views of distinct tensors, all of whose gradients are computed where any of them is asked for."""
     return _Together.apply(*tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 

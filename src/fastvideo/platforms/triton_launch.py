@@ -126,7 +126,8 @@ def _runtime() -> tuple[Any, Any]:
 
 
 def _stream(device: int, handle: int) -> torch.cuda.Stream:
-    return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+    # An external stream of handle 0 would be some stream of torch's pool.
+    return torch.cuda.ExternalStream(handle, device=device) if handle else torch.cuda.default_stream(device)  # type: ignore[no-untyped-call]
 
 
 def _is_hooked() -> bool:
