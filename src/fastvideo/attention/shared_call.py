@@ -252,9 +252,8 @@ def _with_one_gradient(call: SharedCall) -> SharedCall:
     recorded = distinct([x for x in inputs if x is not None and x.requires_grad])
     views = list(zip(recorded, together(recorded), strict=True))
     query, key, value, gate, mask, *replicated = [next((view for y, view in views if x is y), x) for x in inputs]
-    return replace(
-        call, query=query, key=key, value=value, gate=gate, mask=mask, replicated=tuple(replicated) if replicated else None
-    )
+    whole = replace(call, query=query, key=key, value=value, gate=gate, mask=mask)
+    return replace(whole, replicated=(replicated[0], replicated[1], replicated[2])) if replicated else whole
 
 
 def num_head_groups(call: SharedCall, layout: Layout, wanted: int | None, *, is_sparse: bool) -> int:
