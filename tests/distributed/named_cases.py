@@ -344,6 +344,29 @@ def check_refusals(mesh, device: str) -> None:
     expect(ValueError, "expected layout as one of", DistributedAttention, 4, 16, layout="rings")
 
 
+def check_second_derivatives(mesh, device: str) -> None:
+    """First derivatives that are recorded are right, and second ones refused, also beside a term that has its own."""
+    rank, size = sequence_parallel_world()
+    whole = draw(1, 4 * size, 4, 16, seed=0, device=device)
+    mask = draw(1, 1, 4, 4 * size, seed=1, device=device).requires_grad_()
+    calls = {
+        layout: functools.partial(
+            lambda layer, x: layer(x, x, x, attn_mask=mask)[0], DistributedAttention(4, 16, layout=layout)
+        )
+        for layout in ("ulysses", "ring", "gather")
+    }
+    for name, call in {**calls, "gather_sequence": gather_sequence, "shard_sequence": shard_sequence}.items():
+        x = (whole if name == "shard_sequence" else whole.chunk(size, 1)[rank]).clone().requires_grad_()
+        out = call(x)
+        (expected,) = torch.autograd.grad(out.pow(3).sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        torch.testing.assert_close(grad, expected)
+        expect(NotImplementedError, "first derivatives only", torch.autograd.grad, grad.sum() + x.pow(2).sum(), x)
+        if name == "ring":  # whose gradients are no linear function of that of its output
+            (grad,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
+            expect(NotImplementedError, "first derivatives only", torch.autograd.grad, grad.sum() + x.pow(2).sum(), x)
+
+
 def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
     """Return the checks of this number of ranks by name."""
     size = dist.get_world_size()
@@ -361,6 +384,7 @@ def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
     checks["float8"] = functools.partial(check_float8, mesh, device)
     if size == 2:
         checks["compiled, changing lengths"] = functools.partial(check_compiled_lengths, mesh, device)
+    checks["second derivatives"] = functools.partial(check_second_derivatives, mesh, device)
     checks["a backend without log-sum-exp"] = functools.partial(check_third_party, mesh, device)
     checks["refusals"] = functools.partial(check_refusals, mesh, device)
     return checks

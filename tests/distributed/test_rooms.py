@@ -44,6 +44,18 @@ def test_gradients_of_pieces_that_arrived_elsewhere() -> None:
     torch.testing.assert_close(got, torch.cat([2 * grad[:, :2], 3 * grad[:, 2:]], 1))
 
 
+@pytest.mark.parametrize("way", ["cut", "join"])
+def test_second_derivatives_are_refused(way: str) -> None:
+    """Gradients that lie side by side in a room have no graph of their own."""
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    pieces = cut(x, Room((2, 3), 1)) if way == "cut" else x.split((2, 3), 1)
+    total = join(pieces, Room((2, 3), 1)) if way == "join" else torch.cat(pieces, 1)
+    (grad,) = torch.autograd.grad(total.pow(3).sum(), x, create_graph=True)
+    torch.testing.assert_close(grad, 3 * x**2)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum() + x.sum(), x)
+
+
 @pytest.mark.parametrize("frozen", [None, "key"])
 @pytest.mark.parametrize(("lengths", "kv_heads"), [((4, 4), 6), ((5, 0, 4), 9), ((3, 2), 12)])
 def test_groups_of_heads_arrive_where_they_belong(

@@ -21,6 +21,7 @@ import torch
 from fastvideo.distributed.agreement import explain_transport_error
 from fastvideo.distributed.direct import direct_exchange, finish_direct
 from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.once import differentiable_once
 from fastvideo.distributed.routes import Cut, Route, gather_route, has_own_places
 
 __all__ = [
@@ -356,6 +357,7 @@ class _Launch(torch.autograd.Function):
         return received, x.new_empty(1).expand(route.source if is_joined else (sum(_counts(route.send, route.source)),))
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, _received: None, returned: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return arrive(returned, ctx.route.back(), ctx.name), None, None, None
 
@@ -369,6 +371,7 @@ class _Finish(torch.autograd.Function):
         return arrive(received, route, name)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None]:
         return None, start((grad,), (ctx.route.back(),), ctx.name, ctx.into)[0], None, None, None
 
@@ -380,6 +383,7 @@ class _SumGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         # Transports add no complex numbers; their parts add up.
         parts = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad

@@ -21,6 +21,7 @@ import torch
 from fastvideo.distributed.collectives import Launched, arrive, give_back, kept, lend
 from fastvideo.distributed.merge import PartialMerger
 from fastvideo.distributed.mesh import SequenceGroup
+from fastvideo.distributed.once import differentiable_once
 from fastvideo.distributed.routes import Cut, Interval, Route
 from fastvideo.distributed.shards import split_lengths
 
@@ -231,55 +232,60 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask, more_keys, more_values, output, lse = ctx.saved_tensors
-        kernels, steps, name = ctx.work
-        wide = lse.dtype
-        # A row that sees nothing anywhere has no finite log-sum-exp; its weights are 0 with any.
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        grad_query, grad_kv = _Sum(query, wide), (_Sum(key, wide), _Sum(value, wide))
-        mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
-        grad_mask = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask_needs_grad else None
-        grad_more: list[torch.Tensor | None] = [None, None]
-        parts = _Keys(key, value, more_keys, more_values, steps, name)
-        on_the_way: list[Launched] = []
-        for number, step in enumerate(steps):
-            k, v = parts.of_step(number)
-            num_more = parts.num_more if number == 0 else 0
-            first, last = step.rows
-            if last > first and k.shape[1]:
-                rows = slice(first, last)
-                part_mask = _part_mask(mask, step, num_more)
-                result = (output[:, rows], lse[:, rows])
-                of_query, of_key, of_value, of_mask = kernels.backward(
-                    grad[:, rows], query[:, rows], k, v, *result, part_mask, step.is_causal, mask_needs_grad
-                )
-                grad_query.add(of_query, step.rows)
-                part_kv = [of_key, of_value]
-                if grad_mask is not None and of_mask is not None:
-                    _add_to_mask(grad_mask, of_mask, step, num_more)
-            else:
-                part_kv = [torch.zeros_like(k), torch.zeros_like(v)]
-            if num_more:
-                grad_more = [x[:, k.shape[1] - num_more :] for x in part_kv]
-                part_kv = [x[:, : k.shape[1] - num_more] for x in part_kv]
-            if step.fetch is None:
-                for total, part in zip(grad_kv, part_kv, strict=True):
-                    total.add(part, step.keys)
-            else:
-                parts.give_back()
-                sent = lend(part_kv, [way_home(step.fetch)] * 2, name)
-                _add_arrived(grad_kv, on_the_way, name)
-                on_the_way = sent
-        _add_arrived(grad_kv, on_the_way, name)
-        return (
-            grad_query.result(),
-            *[total.result() for total in grad_kv],
-            None if grad_mask is None else grad_mask.to(mask.dtype),
-            *grad_more,
-            None,
-            None,
-            None,
-        )
+        return _gradients(ctx, grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+@differentiable_once
+def _gradients(ctx: Any, grad: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, mask, more_keys, more_values, output, lse = saved
+    kernels, steps, name = ctx.work
+    wide = lse.dtype
+    # A row that sees nothing anywhere has no finite log-sum-exp; its weights are 0 with any.
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    grad_query, grad_kv = _Sum(query, wide), (_Sum(key, wide), _Sum(value, wide))
+    mask_needs_grad = mask is not None and ctx.needs_input_grad[3]
+    grad_mask = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask_needs_grad else None
+    grad_more: list[torch.Tensor | None] = [None, None]
+    parts = _Keys(key, value, more_keys, more_values, steps, name)
+    on_the_way: list[Launched] = []
+    for number, step in enumerate(steps):
+        k, v = parts.of_step(number)
+        num_more = parts.num_more if number == 0 else 0
+        first, last = step.rows
+        if last > first and k.shape[1]:
+            rows = slice(first, last)
+            part_mask = _part_mask(mask, step, num_more)
+            result = (output[:, rows], lse[:, rows])
+            of_query, of_key, of_value, of_mask = kernels.backward(
+                grad[:, rows], query[:, rows], k, v, *result, part_mask, step.is_causal, mask_needs_grad
+            )
+            grad_query.add(of_query, step.rows)
+            part_kv = [of_key, of_value]
+            if grad_mask is not None and of_mask is not None:
+                _add_to_mask(grad_mask, of_mask, step, num_more)
+        else:
+            part_kv = [torch.zeros_like(k), torch.zeros_like(v)]
+        if num_more:
+            grad_more = [x[:, k.shape[1] - num_more :] for x in part_kv]
+            part_kv = [x[:, : k.shape[1] - num_more] for x in part_kv]
+        if step.fetch is None:
+            for total, part in zip(grad_kv, part_kv, strict=True):
+                total.add(part, step.keys)
+        else:
+            parts.give_back()
+            sent = lend(part_kv, [way_home(step.fetch)] * 2, name)
+            _add_arrived(grad_kv, on_the_way, name)
+            on_the_way = sent
+    _add_arrived(grad_kv, on_the_way, name)
+    return (
+        grad_query.result(),
+        *[total.result() for total in grad_kv],
+        None if grad_mask is None else grad_mask.to(mask.dtype),
+        *grad_more,
+        None,
+        None,
+        None,
+    )
 
 
 class _Keys:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastvideo.distributed.once import differentiable_once
+
 __all__ = ["Room", "cut", "join"]
 
 
@@ -75,6 +77,7 @@ class _Cut(torch.autograd.Function):
         return torch.split(x, room.lengths, room.dim)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.room.whole(grads), None
 
@@ -86,5 +89,6 @@ class _Join(torch.autograd.Function):
         return room.whole(pieces)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (None, *torch.split(grad, ctx.room.lengths, ctx.room.dim))
