@@ -587,6 +587,16 @@ def host_killed() -> str:
     return "no error"
 
 
+def host_killed_first() -> str:
+    dist.barrier()
+    time.sleep(0.3)
+    if RANK == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    call(4)
+    return "no error"
+
+
 TOGETHER = (
     constant_mismatch,
     lone_new_shape,

@@ -170,9 +170,12 @@ def test_a_rank_that_ends_is_named_at_once(name: str, code: int, text: str, serv
     assert report["seconds"] < 30
 
 
-def test_a_lost_store_is_an_error(tmp_path: Path) -> None:
-    assert exit_codes(start_ranks(2, tmp_path, "host_killed", port=0, host="0"), 60) == [-9, 0]
-    assert str(read(tmp_path, "host_killed", 1)["told"]).startswith("rank 1 lost the store of the process group at call 2")
+@pytest.mark.parametrize(("name", "when"), [("host_killed", "at call 2"), ("host_killed_first", "before its first call")])
+def test_a_lost_store_is_an_error(name: str, when: str, tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(2, tmp_path, name, port=0, host="0"), 60) == [-9, 0]
+    report = read(tmp_path, name, 1)
+    assert str(report["told"]).startswith(f"rank 1 lost the store of the process group {when}")
+    assert report["seconds"] < 20, "no connection is tried again and again"
 
 
 def test_what_most_ranks_ask_for_is_meant() -> None:

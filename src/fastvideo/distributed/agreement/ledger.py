@@ -96,8 +96,14 @@ class Ledger:
         self._world = weakref.ref(_get_default_group())
         self._published: set[int] = set()
         digest = hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()[:10]
-        # A clone is a connection of its own: it keeps no server alive after the process group is destroyed.
-        clone = _default_store().clone()  # type: ignore[attr-defined]  # the stubs lack it
+        store = _default_store()
+        try:
+            # Where its server is gone, this fails at once; a new connection would be tried until the transport's timeout.
+            store.check(["fastvideo/agreement"])
+            # A clone is a connection of its own: it keeps no server alive after the process group is destroyed.
+            clone = store.clone()  # type: ignore[attr-defined]  # the stubs lack it
+        except dist.DistNetworkError as error:
+            raise RanksDisagree(self._lost_store("before its first call", error)) from error
         self.store: Store = PrefixStore(f"fastvideo/agreement/{digest}/{generation}", clone)
 
     @property
@@ -220,10 +226,7 @@ class Ledger:
             self.store.set(f"call/{self.rank}/{number % 2}", encode(number, fields))
             self._wait_for_peers(number, fields, timeout)
         except dist.DistNetworkError as error:
-            text = (
-                f"{self._me} lost the store of the process group at call {number} of the shared attention ({_shown(fields)}): "
-                f"the process that hosts it, usually rank 0, has ended ({error})"
-            )
+            text = self._lost_store(f"at call {number} ({_shown(fields)})", error)
             with self.lock:
                 self.failure = text
             raise RanksDisagree(text) from error
@@ -290,6 +293,12 @@ class Ledger:
         # Who comes later finds no matching call, then the reason.
         self.store.set(f"call/{self.rank}/{number % 2}", encode(0, ()))
         return error
+
+    def _lost_store(self, when: str, error: Exception) -> str:
+        return (
+            f"{self._me} lost the store of the process group {when} of the shared attention: "
+            f"the process that hosts it, usually rank 0, has ended ({error})"
+        )
 
     @property
     def _me(self) -> str:
