@@ -304,7 +304,7 @@ def checkpointed() -> str:
 
 def training_step(*, skips: bool = False, enters: bool = True) -> None:
     """Three equal blocks without names, forward and backward, in mode "new"."""
-    group, words = SequenceGroup.from_mesh(dist.group.WORLD), {"pass": "forward", "query": (1, 4)}
+    group, words = SequenceGroup.from_mesh(dist.group.WORLD), {"query": (1, 4), "pass": "forward"}
     x = torch.ones(1, requires_grad=True)
     for _ in range(3):
         x = agree(x, group, mode="new", timeout=TIMEOUT, **words) * 2

@@ -171,7 +171,7 @@ class Ledger:
 
     def _place_of(self, fields: Fields) -> int:
         """Return which of the forward or backward passes in a row a call is; 0 where no gradient is recorded."""
-        direction, before = fields[0][1] if fields and fields[0][0] == "pass" else "", self._direction
+        direction, before = next((value for name, value in fields if name == "pass"), ""), self._direction
         self._direction = direction
         if direction not in ("forward", "backward"):
             return 0
