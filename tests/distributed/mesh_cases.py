@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 
@@ -58,6 +59,8 @@ def main() -> None:
             check_shares(group, seed=int(sum(group.ranks)))
     with pytest.raises(ValueError, match="dims 'ring' and 'ulysses'"):
         SequenceGroup.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y")))
+    with pytest.raises(ValueError, match=r"'ring' comes before 'ulysses', .* got \('ulysses', 'ring'\)"):
+        SequenceGroup.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("ulysses", "ring")))
     with pytest.raises(TypeError, match="a DeviceMesh or a ProcessGroup, got str"):
         SequenceGroup.from_mesh("ring")
     with pytest.raises(ValueError, match="shard_lengths of 4 ranks"), sequence_parallel(mesh, shard_lengths=(1, 2)):
@@ -67,6 +70,18 @@ def main() -> None:
     q, k, v = draw(5 + rank % 2, seed=3)
     with pytest.raises(RanksDisagree, match=r"lengths"):
         DistributedAttention(4, 8)(q, k, v)
+
+    # In another process group, what was initialised in the last one counts no more.
+    dist.destroy_process_group()
+    assert sequence_parallel_world() == (0, 1)
+    server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=30))
+    store = dist.PrefixStore("again", server)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=30))
+    assert sequence_parallel_world() == (rank, 4)
+    check_shares(current_sequence_group(), seed=1)
+    init_sequence_parallel(ulysses=2, device_type="cpu")
+    assert sequence_parallel_world() == (rank % 2, 2)
+    check_shares(current_sequence_group(), seed=rank // 2)
 
 
 if __name__ == "__main__":

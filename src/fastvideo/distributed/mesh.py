@@ -9,6 +9,7 @@ process group at all.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class SequenceGroup:
 
         Raises:
             TypeError: It is neither.
-            ValueError: The mesh has several dims and neither name.
+            ValueError: The mesh has several dims and neither name, or `"ulysses"` outside of `"ring"`.
         """
         if isinstance(mesh, dist.ProcessGroup):
             return cls._from_process_group(mesh)
@@ -87,6 +88,8 @@ class SequenceGroup:
         if ulysses.size == 1 or ring.size == 1:
             flat = ring if ulysses.size == 1 else ulysses
             return cls(flat.name, flat.ranks, flat.rank, ring, ulysses)
+        if names.index("ring") > names.index("ulysses"):
+            raise ValueError(f"expected a mesh whose dim 'ring' comes before 'ulysses', which is the inner one, got {names}")
         ranks = tuple(mesh["ring", "ulysses"].mesh.flatten().tolist())
         return cls("", ranks, ring.rank * ulysses.size + ulysses.rank, ring, ulysses)
 
@@ -109,6 +112,9 @@ _default_groups: dict[str, SequenceGroup] = {"": LOCAL}
 """Groups that hold where neither layer nor scope names one, by a label that Dynamo keeps as a constant."""
 
 _INITIALISED = "init_sequence_parallel"
+
+_worlds: dict[str, weakref.ref[dist.ProcessGroup]] = {}
+"""The world that the group of a label is part of; the group ends with it."""
 
 
 @contextlib.contextmanager
@@ -179,6 +185,7 @@ def init_sequence_parallel(
         )
     mesh = init_device_mesh(device_type, (world // (ring * inner), ring, inner), mesh_dim_names=("data", *MESH_DIMS))
     _default_groups[_INITIALISED] = SequenceGroup.from_mesh(mesh)
+    _worlds[_INITIALISED] = weakref.ref(_world())
     return mesh
 
 
@@ -230,8 +237,13 @@ def _find_default_group() -> str:
     """Return the label of the default group in `_default_groups`; Dynamo keeps strings and reads dicts."""
     if not (dist.is_available() and dist.is_initialized()):
         return ""
-    if _INITIALISED in _default_groups:
+    world = _world()
+    if _INITIALISED in _worlds and _worlds[_INITIALISED]() is world:
         return _INITIALISED
-    group = SequenceGroup.from_mesh(dist.group.WORLD)  # type: ignore[arg-type]  # set once initialised
+    group = SequenceGroup.from_mesh(world)
     _default_groups[group.name] = group
     return group.name
+
+
+def _world() -> dist.ProcessGroup:
+    return dist.group.WORLD  # type: ignore[return-value]  # set once initialised
