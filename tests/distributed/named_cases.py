@@ -254,6 +254,8 @@ def check_float8(mesh, device: str) -> None:
         expect(NotImplementedError, "is for inference", eighth, leaf, k, v)
     ring = DistributedAttention(4, 16, layout="ring", exchange_dtype=torch.float8_e4m3fn)
     expect(NotImplementedError, "got layout 'ring'", ring, q, k, v)
+    causal = DistributedAttention(4, 16, layout="gather", causal=True, exchange_dtype=torch.float8_e4m3fn)
+    expect(NotImplementedError, "no partial results are merged, by Ulysses or by gather without causal", causal, q, k, v)
     assert size > 1
 
 
@@ -323,6 +325,9 @@ def check_refusals(mesh, device: str) -> None:
     """What can't run raises before anything is sent, so no rank waits for another."""
     size, group = dist.get_world_size(), SequenceGroup.from_mesh(mesh)
     expect(ValueError, "without shard lengths", shard_sequence, draw(1, 2 * size + 1, 1, seed=0, device=device), 1)
+    for share in (gather_sequence, shard_sequence):
+        expect(ValueError, "with a dim 1 along which it is shared, got shape ()", share, torch.ones((), device=device))
+        expect(ValueError, "with a dim -3 along which it is shared, got shape (2, 3)", share, torch.ones(2, 3), -3)
     layer, q = DistributedAttention(4, 16), draw(1, 8, 4, 16, seed=0, device=device)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)
     expect(ValueError, f"8, {8 * size}]", layer, q, q, q, attn_mask=mask)

@@ -113,8 +113,9 @@ def place(
             break
     if call.sends_float8 and (fields["needs_lse"] or fields["needs_grad"]):
         raise NotImplementedError(
-            f"sending in float8 is for inference by Ulysses or gather, got layout {layout.name!r} and "
-            f"needs_grad={fields['needs_grad']}; call under torch.no_grad(), or set exchange_dtype=None"
+            "sending in float8 is for inference where no partial results are merged, by Ulysses or by gather without causal, "
+            f"got layout {layout.name!r}, causal={call.is_causal} and needs_grad={fields['needs_grad']}; "
+            "call under torch.no_grad(), or set exchange_dtype=None"
         )
     # Causal attention in parts runs causal on the diagonal, and the parts beside it without.
     is_split = fields["needs_lse"] and call.is_causal

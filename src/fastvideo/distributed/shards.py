@@ -107,7 +107,8 @@ def shard_sequence(
         shard_lengths: Length of each rank's part; `None` takes those of the step's context, then equal parts.
 
     Raises:
-        ValueError: The lengths don't add up to that of `x`, or there are none and it doesn't divide by the number of ranks.
+        ValueError: The lengths don't add up to that of `x`, or there are none and it doesn't divide by the number of ranks; or
+            it has no such dim.
         RanksDisagree: Another rank makes another call, or none within the timeout.
 
     Example:
@@ -115,7 +116,7 @@ def shard_sequence(
         True
     """
     group = current_sequence_group(group)
-    lengths = _whole_lengths(x.shape[dim], group, shard_lengths)
+    lengths = _whole_lengths(_length(x, dim), group, shard_lengths)
     if group.size == 1:
         return x
     first = sum(lengths[: group.rank])
@@ -144,7 +145,7 @@ def gather_sequence(
         shard_lengths: Length of each rank's shard; `None` takes those of the step's context, then equal shards.
 
     Raises:
-        ValueError: The lengths don't fit this rank's shard.
+        ValueError: The lengths don't fit this rank's shard, or it has no such dim.
         RanksDisagree: Another rank makes another call, or none within the timeout.
 
     Example:
@@ -153,7 +154,7 @@ def gather_sequence(
     """
     group = current_sequence_group(group)
     given = thread_state.shard_lengths if shard_lengths is None else shard_lengths
-    lengths = resolve_lengths(x.shape[dim], group, given)
+    lengths = resolve_lengths(_length(x, dim), group, given)
     if group.size == 1:
         return x
     fields = _agreed_on("gather_sequence", x, dim, lengths)
@@ -231,6 +232,12 @@ def _parts(group: SequenceGroup) -> tuple[SequenceGroup, ...]:
     if group.name or group.ring is None or group.ulysses is None:
         return (group,)
     return group.ring, group.ulysses
+
+
+def _length(x: torch.Tensor, dim: int) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"expected a tensor with a dim {dim} along which it is shared, got shape {tuple(x.shape)}")
+    return x.shape[dim]
 
 
 def _whole_lengths(length: int, group: SequenceGroup, given: Sequence[int] | None) -> tuple[int, ...]:
