@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 from fastvideo.attention import AttentionImpl, DistributedAttention, DistributedAttention_VSA, register_attn_backend
 from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
@@ -372,6 +373,20 @@ def check_second_derivatives(mesh, device: str) -> None:
             expect(NotImplementedError, "first derivatives only", torch.autograd.grad, grad.sum() + x.pow(2).sum(), x)
 
 
+def check_tangents(mesh, device: str) -> None:
+    """Forward-mode derivatives are refused, not lost on the way."""
+    x = draw(1, 4, 4, 16, seed=dist.get_rank(), device=device)
+    layer = DistributedAttention(4, 16, layout="ulysses")
+    for function in (gather_sequence, lambda x: layer(x, x, x)[0]):
+        for jvp in (torch.func.jvp, with_dual_numbers):
+            expect(NotImplementedError, "got sent with one, which would be dropped here", jvp, function, (x,), (x,))
+
+
+def with_dual_numbers(function, primals, tangents) -> torch.Tensor:
+    with forward_ad.dual_level():
+        return function(*map(forward_ad.make_dual, primals, tangents))
+
+
 def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
     """Return the checks of this number of ranks by name."""
     size = dist.get_world_size()
@@ -390,6 +405,7 @@ def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
     if size == 2:
         checks["compiled, changing lengths"] = functools.partial(check_compiled_lengths, mesh, device)
     checks["second derivatives"] = functools.partial(check_second_derivatives, mesh, device)
+    checks["tangents"] = functools.partial(check_tangents, mesh, device)
     checks["a backend without log-sum-exp"] = functools.partial(check_third_party, mesh, device)
     checks["refusals"] = functools.partial(check_refusals, mesh, device)
     return checks

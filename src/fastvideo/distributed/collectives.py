@@ -23,6 +23,7 @@ from fastvideo.distributed.direct import direct_exchange, finish_direct
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.once import differentiable_once
 from fastvideo.distributed.routes import Cut, Route, gather_route, has_own_places
+from fastvideo.tangents import refuse_tangents
 
 __all__ = [
     "Launched",
@@ -138,6 +139,7 @@ def lend(tensors: Sequence[torch.Tensor], routes: Sequence[Route], name: str) ->
     if direct is None:
         started = start(tensors, routes, name)
         return [Launched(x, None, route) for x, route in zip(started, routes, strict=True)]
+    _refuse_tangents(tensors)
     received, number = direct.send(tensors, routes)
     lent = functools.partial(direct.give_back, number)
     return [Launched(x, None, route, None, lent) for x, route in zip(received, routes, strict=True)]
@@ -192,6 +194,7 @@ def start(
     is_hidden: bool = False,
 ) -> Sequence[torch.Tensor]:
     """Start an exchange of several tensors without gradient; read each result by `arrive`. Arguments as `launch_exchange`'s."""
+    _refuse_tangents(tensors)
     direct = direct_exchange(tensors[0], name)
     if direct is not None:
         room = into(tensors[0], routes[0].shape) if into is not None and has_own_places(routes[0]) else None
@@ -210,6 +213,11 @@ def arrive(started: torch.Tensor, route: Route, name: str) -> torch.Tensor:
     if not finish_direct(started, name):
         _wait(started, name)
     return started if started.dim() == len(route.shape) else unpack(started, route.receive, route.shape)
+
+
+def _refuse_tangents(tensors: Sequence[torch.Tensor]) -> None:
+    for x in tensors:
+        refuse_tangents(sent=x)
 
 
 def _wait(started: torch.Tensor, name: str) -> torch.Tensor:
