@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import random
 import threading
+import time
 
 import pytest
 import torch
 
+from fastvideo.distributed import direct
 from fastvideo.distributed.direct import DirectExchange, direct_exchange, exchange_kind
 from fastvideo.distributed.regions import Regions
 from fastvideo.distributed.ring import regroup_route, ring_steps
@@ -367,3 +370,30 @@ def test_the_environment_says_how_tensors_travel(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Settings, "current", classmethod(lambda cls: cls(exchange="direct")))
     with pytest.raises(RuntimeError, match="tensors on cpu have no copy engines"):
         direct_exchange(torch.ones(2), "any")
+
+
+def test_threads_open_a_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening is a collective call, of which every rank makes one, however many of its threads ask."""
+
+    class Group:
+        """A process group."""
+
+    groups, opened, ready = [Group(), Group()], [], threading.Barrier(4)
+
+    def slowly(_device: torch.device, asked: Group) -> object:
+        opened.append(asked)
+        time.sleep(0.05)
+        return object()
+
+    def ask(name: str) -> object:
+        ready.wait(20)
+        return direct_exchange(torch.ones(1), name)
+
+    monkeypatch.setattr(direct, "exchange_kind", lambda _: "direct")
+    monkeypatch.setattr(direct, "_exchanges", {})
+    monkeypatch.setattr(direct, "_open", slowly)
+    for group in groups:  # the later one bears the same name
+        monkeypatch.setattr(torch._C._distributed_c10d, "_resolve_process_group", lambda _, group=group: group)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert len(set(pool.map(ask, ["name"] * 4))) == 1
+    assert opened == groups

@@ -292,7 +292,10 @@ def direct_exchange(x: torch.Tensor, name: str) -> DirectExchange | None:
     known = _exchanges.get(name)
     if known is None or known[0]() is not group:
         with _deciding:
-            known = _exchanges[name] = (weakref.ref(group), _open(x.device, group))
+            # Another thread may have opened it meanwhile, and ranks open it together, once.
+            known = _exchanges.get(name)
+            if known is None or known[0]() is not group:
+                known = _exchanges[name] = (weakref.ref(group), _open(x.device, group))
     return known[1]
 
 
