@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 
 from fastvideo.attention import AttentionImpl, DistributedAttention, DistributedAttention_VSA, register_attn_backend
+from fastvideo.attention.backends.sliding_tile_attn import SlidingTileAttentionMetadataBuilder
 from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
 from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder
 from fastvideo.attention.selector import BackendUnavailable
@@ -344,6 +345,17 @@ def check_refusals(mesh, device: str) -> None:
     for layout in ("ring", "gather"):
         sparse = DistributedAttention_VSA(4, 16, layout=layout)
         expect(BackendUnavailable, "layout='ulysses'", sparse, q, q, q, attn_metadata=metadata)
+    for count, text in ((2, "windows for 2 heads, this call has 4"), (4, "a window for each of 4 heads; where devices share")):
+        windows = SlidingTileAttentionMetadataBuilder().build(
+            current_timestep=0,
+            raw_latent_shape=(1, 8, size),
+            patch_size=(1, 1, 1),
+            STA_window=[(1, 1, 1), (1, 3, 1)] * (count // 2),
+            tile_tyx=(1, 2, 2),
+            device=device,
+        )
+        windowed = DistributedAttention(4, 16, backend="SLIDING_TILE_ATTN")
+        expect(ValueError, text, windowed, q, q, q, attn_metadata=windows)
     if group.ring.size == 1:
         with sequence_parallel(group):
             expect(ValueError, "nobody to share keys with", DistributedAttention(4, 16, layout="ring"), q, q, q)

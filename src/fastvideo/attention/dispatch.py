@@ -300,14 +300,17 @@ def find_metadata(selected: Selected, explicit: AttentionMetadata | None) -> Att
     return found
 
 
-def check_sequence(selected: Selected, metadata: AttentionMetadata | None, num_tokens: int) -> None:
-    """Let a backend's metadata refuse a sequence of `num_tokens` tokens on all devices, before anything is exchanged.
+def check_sequence(
+    selected: Selected, metadata: AttentionMetadata | None, num_tokens: int, num_heads: int, *, are_cut: bool = False
+) -> None:
+    """Let a backend's metadata refuse tokens and heads, those of all devices, before anything is exchanged.
 
     Raises:
-        ValueError: The metadata describes another sequence.
+        ValueError: The metadata describes another sequence or other heads, or it can't be used where heads `are_cut`.
     """
     if metadata is not None and selected.requires_metadata:
         metadata.check_sequence(num_tokens)
+        metadata.check_heads(num_heads, are_cut=are_cut)
 
 
 def match_metadata(present: MetadataInContext, wanted: type[AttentionMetadata]) -> AttentionMetadata | None:

@@ -132,7 +132,7 @@ def attention(
     )  # fmt: skip
     selected = dispatcher.select(call, backend, attn_metadata)
     metadata = find_metadata(selected, attn_metadata)
-    check_sequence(selected, metadata, query.shape[1])
+    check_sequence(selected, metadata, query.shape[1], query.shape[2])
     extras = forward_extras(attn_mask=attn_mask, dropout_p=dropout_p or None, return_lse=return_lse or None, out=out)
     result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = run_impl(selected, (query, key, value), metadata, extras)
     return result

@@ -201,7 +201,7 @@ class LocalAttention(_AttentionLayer):
         metadata = find_metadata(selected, attn_metadata)
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
-        check_sequence(selected, metadata, q.shape[1])
+        check_sequence(selected, metadata, q.shape[1], self.num_heads)
         output: torch.Tensor = run_impl(selected, (q, k, v), metadata, forward_extras(attn_mask=attn_mask, out=out))
         return output
 
@@ -392,7 +392,8 @@ class DistributedAttention(_AttentionLayer):
             wish=self.layout, head_groups=self.head_groups, needs_whole_sequence=self._default_backend is not None,
         )  # fmt: skip
         metadata = find_metadata(chosen.whole, attn_metadata)
-        check_sequence(chosen.whole, metadata, sum(lengths))
+        are_cut = layout.ulysses.size > 1 or call.head_groups > 1
+        check_sequence(chosen.whole, metadata, sum(lengths), self.num_heads, are_cut=are_cut)
         if freqs_cis is not None:
             q, k = apply_rope(q, freqs_cis), apply_rope(k, freqs_cis)
         call = replace(call, query=q, key=k, metadata=metadata)

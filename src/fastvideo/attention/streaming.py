@@ -158,7 +158,7 @@ class StreamingAttention(_AttentionLayer):
         kind = mask_kind(mask, tuple(query.shape), attn_metadata.num_keys, query)
         selected = self._dispatcher.select(describe_call(query, keys, values, mask, kind, self.softmax_scale, False))
         metadata = find_metadata(selected, None)
-        check_sequence(selected, metadata, query.shape[1])
+        check_sequence(selected, metadata, query.shape[1], self.num_heads, are_cut=group.size > 1)
         kv_cache[0].index_copy_(1, attn_metadata.slots, key)
         kv_cache[1].index_copy_(1, attn_metadata.slots, value)
         output: torch.Tensor = run_impl(selected, (query, keys, values), metadata, forward_extras(attn_mask=mask))

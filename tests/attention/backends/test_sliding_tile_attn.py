@@ -6,6 +6,7 @@ The mask of the oracle is written from the paper's definition, token by token, a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -241,10 +242,37 @@ def test_sequence_or_heads_that_are_not_those_of_the_metadata() -> None:
         impl.forward(*tensors, build())
     with pytest.raises(ValueError, match="the sequence has 119"):
         impl.forward(*tensors, build(), num_replicated=2)
-    with pytest.raises(ValueError, match=r"for 8 heads, this call has 4.*Ulysses"):
+    with pytest.raises(ValueError, match="for 8 heads, this call has 4"):
         impl.forward(*tensors, build(STA_window=[(1, 1, 1)] * 8), num_replicated=1)
     with pytest.raises(ValueError, match=r"built for meta, query is on cpu"):
         impl.forward(*tensors, build(device="meta"), num_replicated=1)
+
+
+def test_windows_of_heads_that_are_cut() -> None:
+    per_head = build(STA_window=[(1, 1, 1), (1, 3, 1)])
+    per_head.check_heads(2, are_cut=False)
+    build().check_heads(4, are_cut=True)
+    with pytest.raises(ValueError, match=r"a window for each of 2 heads; .*\(Ulysses\).*one window for all heads"):
+        per_head.check_heads(2, are_cut=True)
+    q = qkv(NUM_TOKENS)["query"]
+    with pytest.raises(ValueError, match="for 2 heads, this call has 4"):
+        DistributedAttention(4, 8, backend="SLIDING_TILE_ATTN")(q, q, q, attn_metadata=per_head)
+
+
+def test_fields_follow_from_each_other() -> None:
+    metadata = build()
+    for name in ("windows", "grid_tyx", "pattern", "current_timestep"):
+        with pytest.raises(AttributeError, match=f"{name} of SlidingTileAttentionMetadata can't change"):
+            setattr(metadata, name, ((1, 1, 1),))
+    for name in ("windows", "grid_tyx", "pattern"):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(metadata, **{name: ((1, 1, 1),)})
+    later = dataclasses.replace(metadata, current_timestep=8)
+    assert (later.current_timestep, later.windows) == (8, ((1, 3, 1),))
+    assert later.pattern is metadata.pattern
+    assert repr(metadata) == (
+        "SlidingTileAttentionMetadata(current_timestep=7, grid_tyx=(5, 4, 6), tile_tyx=(2, 1, 3), windows=((1, 3, 1),))"
+    )
 
 
 def test_arguments_of_the_implementation() -> None:

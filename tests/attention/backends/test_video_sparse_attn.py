@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -62,6 +63,20 @@ def test_steps_share_their_tensors() -> None:
     assert first.geometry is later.geometry
     assert first.num_kept_tiles == 9
     assert later.num_kept_tiles == 2
+
+
+def test_tiles_kept_follow_the_sparsity() -> None:
+    metadata = build()
+    for name in ("sparsity", "num_kept_tiles", "grid_tyx", "geometry", "current_timestep"):
+        with pytest.raises(AttributeError, match=f"{name} of VideoSparseAttentionMetadata can't change"):
+            setattr(metadata, name, 0)
+    for name in ("num_kept_tiles", "grid_tyx", "tile_tyx"):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(metadata, **{name: 1})
+    dense = dataclasses.replace(metadata, sparsity=0.0)
+    assert (dense.num_kept_tiles, metadata.num_kept_tiles) == (18, 9)
+    fields = "current_timestep=7, sparsity=0.5, grid_tyx=(5, 4, 6), tile_tyx=(2, 2, 2), num_kept_tiles=9"
+    assert repr(metadata) == f"VideoSparseAttentionMetadata({fields})"
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.5, math.nan, math.inf])

@@ -120,6 +120,12 @@ class AttentionMetadata:
         The default knows of no sequence.
         """
 
+    def check_heads(self, num_heads: int, *, are_cut: bool) -> None:
+        """Raise `ValueError` if this step's settings don't fit a layer of `num_heads` heads.
+
+        `are_cut` says that the implementation sees some of them at a time, and isn't told which. The default fits all.
+        """
+
     def asdict_zerocopy(self, skip_fields: set[str] | None = None) -> dict[str, Any]:
         """Return the fields as a dict that holds the very same objects; `dataclasses.asdict` would copy tensors.
 

@@ -12,17 +12,16 @@ Shape legend: B batch, S video tokens, R replicated tokens, H heads, D head size
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from fastvideo.attention.backends.abstract import (
     AttentionBackend,
-    AttentionMetadata,
     AttentionMetadataBuilder,
 )
-from fastvideo.attention.backends.sparse import SparseAttentionImpl, common_rejections
+from fastvideo.attention.backends.sparse import SparseAttentionImpl, SparseMetadata, common_rejections
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern
@@ -89,7 +88,7 @@ class SlidingTileAttentionBackend(AttentionBackend):
         """Return every reason against `request`: masks, causal, dropout, gate, log-sum-exp, cross attention, dtype.
 
         A request does not say whether the metadata has one window or one per head; with heads exchanged between devices
-        the latter is refused by `SlidingTileAttentionImpl.forward`, which sees both.
+        the latter is refused by `SlidingTileAttentionMetadata.check_heads`.
         """
         reasons = [*super().rejections(request), *common_rejections(request)]
         if request.metadata_cls is not None and not issubclass(request.metadata_cls, SlidingTileAttentionMetadata):
@@ -100,18 +99,8 @@ class SlidingTileAttentionBackend(AttentionBackend):
         return tuple(reasons)
 
 
-@dataclass
-class SlidingTileAttentionMetadata(AttentionMetadata):
-    """The video and the windows of one denoising step. Build it with `SlidingTileAttentionMetadataBuilder`.
-
-    Attributes:
-        current_timestep: Index of the denoising step; no layer reads it.
-        grid_tyx: Video tokens along time, height and width.
-        tile_tyx: Tokens of a tile; tiles at the far edges may be smaller.
-        windows: Tiles of a window along the same axes: one window for all heads, or one for each.
-        geometry: The index tensors of the grid and the engine's tiles, shared between steps.
-        pattern: Which tiles see which without text, shared between steps.
-    """
+class WindowedGrid(NamedTuple):
+    """Tiles and windows on one device, with what follows from them; see the fields of `SlidingTileAttentionMetadata`."""
 
     grid_tyx: tuple[int, int, int]
     tile_tyx: tuple[int, int, int]
@@ -119,9 +108,49 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
     geometry: VideoGeometry
     pattern: BlockPattern
 
+
+@dataclass
+class SlidingTileAttentionMetadata(SparseMetadata):
+    """The video and the windows of one denoising step. Build it with `SlidingTileAttentionMetadataBuilder`; its fields don't
+    change.
+
+    Attributes:
+        current_timestep: Index of the denoising step; no layer reads it.
+        windowed: What the other fields are taken from, shared between steps.
+        grid_tyx: Video tokens along time, height and width.
+        tile_tyx: Tokens of a tile; tiles at the far edges may be smaller.
+        windows: Tiles of a window along the same axes: one window for all heads, or one for each.
+        geometry: The index tensors of the grid and the engine's tiles.
+        pattern: Which tiles see which without text.
+    """
+
+    windowed: WindowedGrid = field(repr=False)
+    grid_tyx: tuple[int, int, int] = field(init=False)
+    tile_tyx: tuple[int, int, int] = field(init=False)
+    windows: tuple[Window, ...] = field(init=False)
+    geometry: VideoGeometry = field(init=False, repr=False)
+    pattern: BlockPattern = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.grid_tyx, self.tile_tyx, self.windows, self.geometry, self.pattern = self.windowed
+
     def check_sequence(self, num_tokens: int) -> None:
         """Raise `ValueError` if the grid doesn't have `num_tokens` tokens."""
         check_num_tokens(self.grid_tyx, num_tokens)
+
+    def check_heads(self, num_heads: int, *, are_cut: bool) -> None:
+        """Raise `ValueError` if there are windows for other heads than `num_heads`, or for each head where heads `are_cut`."""
+        num_windows = len(self.windows)
+        if num_windows not in (1, num_heads):
+            raise ValueError(
+                f"the metadata has windows for {num_windows} heads, this call has {num_heads}; give one window for all "
+                "heads, or one per head"
+            )
+        if num_windows > 1 and are_cut:
+            raise ValueError(
+                f"the metadata has a window for each of {num_windows} heads; where devices share a sequence by exchanging "
+                "heads (Ulysses), each computes its own share of them and is not told which: give one window for all heads"
+            )
 
 
 class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAttentionMetadata]):
@@ -174,8 +203,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
             )
         grid_tyx = token_grid(raw_latent_shape, patch_size)
         grid, windows = TileGrid(grid_tyx, as_tyx("tile_tyx", tile_tyx)), _as_windows(STA_window)
-        geometry, pattern = _cached_window_pattern(grid, windows, torch.device(device))
-        return SlidingTileAttentionMetadata(current_timestep, grid.grid_tyx, grid.tile_tyx, windows, geometry, pattern)
+        return SlidingTileAttentionMetadata(current_timestep, _cached_windowed(grid, windows, torch.device(device)))
 
 
 class SlidingTileAttentionImpl(SparseAttentionImpl[SlidingTileAttentionMetadata]):
@@ -226,12 +254,7 @@ class SlidingTileAttentionImpl(SparseAttentionImpl[SlidingTileAttentionMetadata]
                 "fastvideo.forward_context.set_forward_context(current_timestep, metadata)"
             )
         metadata.check_sequence(query.shape[1] - num_replicated)
-        if len(metadata.windows) not in (1, query.shape[2]):
-            raise ValueError(
-                f"the metadata has windows for {len(metadata.windows)} heads, this call has {query.shape[2]}; give one window "
-                "for all heads, or one per head. Where devices share a sequence by exchanging heads (Ulysses), each computes "
-                "its own share of the heads and is not told which: use one window for all heads there"
-            )
+        metadata.check_heads(query.shape[2], are_cut=False)
         if metadata.pattern.indices.device != query.device:
             raise ValueError(
                 f"the metadata was built for {metadata.pattern.indices.device}, query is on {query.device}; "
@@ -254,27 +277,27 @@ def _as_windows(value: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Window,
     return tuple(as_window_tyx(f"STA_window[{head}]", window) for head, window in enumerate(windows))
 
 
-def _window_pattern(grid: TileGrid, windows: tuple[Window, ...], device: torch.device) -> tuple[VideoGeometry, BlockPattern]:
-    """The geometry of the engine's tiles and which of them see which."""
-    t, y, x = map(min, grid.tile_tyx, grid.grid_tyx)
-    grid = TileGrid(grid.grid_tyx, (t, y, x))
+def _windowed(asked: TileGrid, windows: tuple[Window, ...], device: torch.device) -> WindowedGrid:
+    """Windows on a grid, with the engine's tiles and which of them see which."""
+    t, y, x = map(min, asked.tile_tyx, asked.grid_tyx)
+    grid = TileGrid(asked.grid_tyx, (t, y, x))
     part_tyx = grid.tile_tyx if grid.max_size <= _MAX_TILE else largest_part(grid.tile_tyx, _MAX_PART)
     geometry = video_geometry(TileGrid(grid.grid_tyx, part_tyx), device)
-    windows = windows[:1] if len(set(windows)) == 1 else windows
+    per_head = windows[:1] if len(set(windows)) == 1 else windows
     # Heads share few different windows.
-    lists = {window: window_lists(grid, window, part_tyx) for window in dict.fromkeys(windows)}
+    lists = {window: window_lists(grid, window, part_tyx) for window in dict.fromkeys(per_head)}
     width = max(indices.shape[-1] for indices, _ in lists.values())
     is_ragged = any(counts is not None or indices.shape[-1] < width for indices, counts in lists.values())
     num_tiles = geometry.grid.num_tiles
-    indices = torch.zeros(1, len(windows), num_tiles, width, dtype=torch.int32)
-    all_counts = torch.empty(1, len(windows), num_tiles, dtype=torch.int32)
-    for head, window in enumerate(windows):
+    indices = torch.zeros(1, len(per_head), num_tiles, width, dtype=torch.int32)
+    all_counts = torch.empty(1, len(per_head), num_tiles, dtype=torch.int32)
+    for head, window in enumerate(per_head):
         listed, counts = lists[window]
         indices[0, head, :, : listed.shape[-1]] = listed
         all_counts[0, head] = listed.shape[-1] if counts is None else counts
     layout = geometry.video_tiles
     pattern = BlockPattern(layout, layout, indices.to(device), all_counts.to(device) if is_ragged else None)
-    return geometry, _for_all_steps(pattern)
+    return WindowedGrid(asked.grid_tyx, asked.tile_tyx, windows, geometry, _for_all_steps(pattern))
 
 
 def _for_all_steps(pattern: BlockPattern) -> BlockPattern:
@@ -283,7 +306,7 @@ def _for_all_steps(pattern: BlockPattern) -> BlockPattern:
 
 
 # Lists of many heads are large: 1,440 tiles that see 486 take 112 MB for 40 heads.
-_cached_window_pattern = cache_tensors(_window_pattern, maxsize=8)
+_cached_windowed = cache_tensors(_windowed, maxsize=8)
 
 
 def _with_text_for_all_steps(

@@ -1,4 +1,5 @@
-"""What the sparse backends share: what no sparse method over the tiles of a video does, as reasons and as errors.
+"""What the sparse backends share: what no sparse method over the tiles of a video does, as reasons and as errors, and how
+metadata stays consistent.
 
 This is no backend, so backends may import it.
 """
@@ -6,6 +7,7 @@ This is no backend, so backends may import it.
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError
 from typing import TypeVar
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionImpl, AttentionMetadata
 from fastvideo.attention.request import AttentionRequest
 
-__all__ = ["SparseAttentionImpl", "common_rejections"]
+__all__ = ["SparseAttentionImpl", "SparseMetadata", "common_rejections"]
 
 M = TypeVar("M", bound=AttentionMetadata)
 
@@ -37,6 +39,18 @@ def common_rejections(request: AttentionRequest) -> list[str]:
     if request.device == "mps" and request.dtype == torch.float64:
         reasons.append("dtype torch.float64 does not exist on mps; use float32")
     return reasons
+
+
+class SparseMetadata(AttentionMetadata):
+    """Metadata whose fields follow from one another, so that none of them changes."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # A dataclass that extends one which isn't frozen can't be frozen itself.
+        if name in self.__dict__:
+            raise FrozenInstanceError(
+                f"{name} of {type(self).__name__} can't change, because other fields follow from it; build another one"
+            )
+        super().__setattr__(name, value)
 
 
 class SparseAttentionImpl(AttentionImpl[M]):

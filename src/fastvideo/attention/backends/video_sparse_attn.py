@@ -11,17 +11,16 @@ Shape legend: B batch, S video tokens, R replicated tokens, H heads, D head size
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastvideo.attention.backends.abstract import (
     AttentionBackend,
-    AttentionMetadata,
     AttentionMetadataBuilder,
 )
-from fastvideo.attention.backends.sparse import SparseAttentionImpl, common_rejections
+from fastvideo.attention.backends.sparse import SparseAttentionImpl, SparseMetadata, common_rejections
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse.selection import num_kept_tiles
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
@@ -81,23 +80,28 @@ class VideoSparseAttentionBackend(AttentionBackend):
 
 
 @dataclass
-class VideoSparseAttentionMetadata(AttentionMetadata):
-    """The video of one denoising step. Build it with `VideoSparseAttentionMetadataBuilder`.
+class VideoSparseAttentionMetadata(SparseMetadata):
+    """The video of one denoising step. Build it with `VideoSparseAttentionMetadataBuilder`; its fields don't change.
 
     Attributes:
         current_timestep: Index of the denoising step; no layer reads it.
+        sparsity: Share of key tiles to drop, in [0, 1).
+        geometry: The index tensors of grid and tile, shared between steps.
         grid_tyx: Video tokens along time, height and width.
         tile_tyx: Tokens of a tile; tiles at the far edges may be smaller.
-        sparsity: Share of key tiles to drop, in [0, 1).
         num_kept_tiles: Key tiles that each query tile keeps.
-        geometry: The index tensors of grid and tile, shared between steps.
     """
 
-    grid_tyx: tuple[int, int, int]
-    tile_tyx: tuple[int, int, int]
     sparsity: float
-    num_kept_tiles: int
-    geometry: VideoGeometry
+    geometry: VideoGeometry = field(repr=False)
+    grid_tyx: tuple[int, int, int] = field(init=False)
+    tile_tyx: tuple[int, int, int] = field(init=False)
+    num_kept_tiles: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        grid = self.geometry.grid
+        self.grid_tyx, self.tile_tyx = grid.grid_tyx, grid.tile_tyx
+        self.num_kept_tiles = num_kept_tiles(grid.num_tiles, self.sparsity)
 
     def check_sequence(self, num_tokens: int) -> None:
         """Raise `ValueError` if the grid doesn't have `num_tokens` tokens."""
@@ -151,14 +155,7 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
             )
         grid_tyx = token_grid(raw_latent_shape, patch_size)
         grid = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx))
-        return VideoSparseAttentionMetadata(
-            current_timestep=current_timestep,
-            grid_tyx=grid.grid_tyx,
-            tile_tyx=grid.tile_tyx,
-            sparsity=float(VSA_sparsity),
-            num_kept_tiles=num_kept_tiles(grid.num_tiles, VSA_sparsity),
-            geometry=video_geometry(grid, device),
-        )
+        return VideoSparseAttentionMetadata(current_timestep, float(VSA_sparsity), video_geometry(grid, device))
 
 
 class VideoSparseAttentionImpl(SparseAttentionImpl[VideoSparseAttentionMetadata]):
