@@ -299,6 +299,7 @@ def test_choice_of_implementation(monkeypatch) -> None:
         ({"query": torch.zeros(2, 0, 4, 8)}, ValueError, "no empty dimension"),
         ({"query": torch.zeros(2, 21, 4, 8)}, ValueError, r"S_q, S_k = \(20, 24\), the tensors have \(21, 24\)"),
         ({"query": torch.zeros(2, 20, 2, 8)}, ValueError, r"indices \[1 or 2, 1 or 2"),
+        ({"scale": "1"}, TypeError, "scale as a number, got '1'"),
         ({"scale": float("nan")}, ValueError, "finite scale, got scale=nan"),
         ({"scale": float("inf")}, ValueError, "finite scale, got scale=inf"),
         ({"key": [[0.0]]}, TypeError, "key as a tensor, got list"),

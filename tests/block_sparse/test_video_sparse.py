@@ -294,7 +294,8 @@ def test_layouts_of_a_new_grid_do_not_follow_the_default_device() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"sparsity": 1.0}, ValueError, r"sparsity in \[0, 1\), got sparsity=1.0"),
+        ({"sparsity": 1.0}, ValueError, r"sparsity in \[0, 1\), got 1.0"),
+        ({"sparsity": "0.5"}, TypeError, r"sparsity as a number in \[0, 1\), got '0.5'"),
         ({"sparsity": math.nan}, ValueError, "sparsity"),
         ({"sparsity": None}, ValueError, "either sparsity or num_kept"),
         ({"num_kept": 3}, ValueError, "either sparsity or num_kept"),
@@ -302,9 +303,12 @@ def test_layouts_of_a_new_grid_do_not_follow_the_default_device() -> None:
         ({"grid_tyx": (4, 4, 5)}, ValueError, r"grid \(4, 4, 5\) with num_replicated=0 has 80 tokens, query has 96"),
         ({"grid_tyx": (4, 24)}, ValueError, "grid_tyx"),
         ({"tile_tyx": (0, 1, 1)}, ValueError, "tile_tyx"),
+        ({"tile_tyx": 2}, ValueError, r"tile_tyx to be three integers \(t, y, x\), got 2"),
         ({"num_replicated": -1}, ValueError, "num_replicated=-1"),
+        ({"num_replicated": "1"}, TypeError, "num_replicated as an integer, got '1'"),
         ({"num_replicated": 3}, ValueError, "has 99 tokens, query has 96"),
         ({"scale": math.nan}, ValueError, "finite scale"),
+        ({"scale": "1"}, TypeError, "scale as a number, got '1'"),
         ({"gate": torch.zeros(2, 95, 2, 8)}, ValueError, r"gate of shape \(2, 96, 2, 8\)"),
         ({"gate": torch.zeros(2, 96, 2, 8, dtype=torch.float64)}, ValueError, "gate in torch.float32"),
         ({"key": torch.zeros(2, 96, 3, 8)}, ValueError, "one shape"),

@@ -150,7 +150,14 @@ def test_text_is_addressed_by_its_role_alone() -> None:
             r"\['patch_size'\] follow from the model's call",
         ),
         (lambda: AttentionPolicy(rules=[Rule(role="self", backend="VIDEO_SPARSE_ATTN", sparsity=1.0)]), "sparsity"),
-        (lambda: AttentionPolicy(rules=[Rule(role="self", backend="TORCH_SDPA", sparsity=0.5)]), "takes no options"),
+        (
+            lambda: AttentionPolicy(rules=[Rule(role="self", backend="TORCH_SDPA", sparsity=0.5)]),
+            "gives TORCH_SDPA sparsity, and",
+        ),
+        (
+            lambda: AttentionPolicy(rules=[Rule(role="self", window_tyx=(3, 3, 3), **VSA)]),
+            r"window_tyx=\(3, 3, 3\), and it has no",
+        ),
         (
             lambda: AttentionPolicy(
                 rules=[Rule(role="self", backend="SLIDING_TILE_ATTN", sparsity=0.5, window_tyx=(1, 1, 1), tile_tyx=(2, 2, 2))]

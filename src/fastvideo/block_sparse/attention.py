@@ -97,9 +97,7 @@ def block_sparse_attention(
     query, key, value = as_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    # Not `math.isfinite`, which Dynamo can't trace for a symbolic scale.
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"expected a finite scale, got {scale=}")
+    check_scale(scale)
     run = eager_function(_forward_op, _EagerAttention, (query, key, value))
     out, lse = run(query, key, value, *_flatten(pattern), scale, AUTOMATIC if impl is None else impl)
     return (out, lse) if return_lse else out
@@ -119,6 +117,15 @@ def check_types(**tensors: Any) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"expected {name} as a tensor, got {type(x).__name__}")
+
+
+def check_scale(scale: float) -> None:
+    """Raise TypeError for a scale that is no number, and ValueError for one that isn't finite."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"expected scale as a number, got {scale!r}")
+    # Not `math.isfinite`, which Dynamo can't trace for a symbolic scale.
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"expected a finite scale, got {scale=}")
 
 
 def check_impl(impl: str | None) -> None:

@@ -92,12 +92,19 @@ def with_replicated(geometry: VideoGeometry, num_replicated: int) -> VideoGeomet
     """A geometry without text, with `num_replicated` text tokens behind it; cached."""
     if geometry.num_replicated:
         raise ValueError(f"expected a geometry without text, got {geometry.num_replicated=}")
-    if num_replicated < 0:
-        raise ValueError(f"expected num_replicated >= 0, got {num_replicated=}")
+    check_num_replicated(num_replicated)
     if not num_replicated:
         return geometry
     build = _append_text if torch.compiler.is_compiling() else _cached_append_text_from_host
     return build(geometry, num_replicated)
+
+
+def check_num_replicated(num_replicated: int) -> None:
+    """Raise TypeError for what is no integer, and ValueError for a negative one."""
+    if isinstance(num_replicated, bool) or not isinstance(num_replicated, int):
+        raise TypeError(f"expected num_replicated as an integer, got {num_replicated!r}")
+    if num_replicated < 0:
+        raise ValueError(f"expected num_replicated >= 0, got {num_replicated=}")
 
 
 def _append_text(geometry: VideoGeometry, num_replicated: int) -> VideoGeometry:
@@ -155,7 +162,9 @@ def _kept() -> dict[str, Any] | None:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # A torch without CUDA can't be asked whether it captures; nothing does before CUDA runs.
+    is_running = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
+    return is_running and torch.cuda.is_current_stream_capturing()
 
 
 def _refuse_capture(grid: TileGrid, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,15 +34,32 @@ def num_kept_tiles(num_tiles: int, sparsity: float) -> int:
         sparsity: Share of tiles to drop, in [0, 1).
 
     Raises:
-        ValueError: For a sparsity outside [0, 1) or NaN.
+        TypeError: For a sparsity that is no number.
+        ValueError: For one outside [0, 1) or NaN.
 
     Example:
         >>> [num_kept_tiles(10, sparsity) for sparsity in (0.0, 0.7, 0.9, 0.99)]
         [10, 3, 1, 1]
     """
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"expected sparsity in [0, 1), got {sparsity=}")
-    return max(1, math.ceil((1.0 - sparsity) * num_tiles - 1e-6))
+    return max(1, math.ceil((1.0 - as_sparsity("sparsity", sparsity)) * num_tiles - 1e-6))
+
+
+def as_sparsity(name: str, value: Any) -> float:
+    """Check that `value`, which errors call `name`, is a share of tiles to drop, and return it as a float.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It lies outside [0, 1), or is NaN.
+
+    Example:
+        >>> as_sparsity("VSA_sparsity", 0)
+        0.0
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} as a number in [0, 1), got {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"expected {name} in [0, 1), got {value!r}")
+    return float(value)
 
 
 @torch.no_grad()

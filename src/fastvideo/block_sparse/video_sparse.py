@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvideo.block_sparse.attention import as_autocast, check_impl, check_types
+from fastvideo.block_sparse.attention import as_autocast, check_impl, check_scale, check_types
 from fastvideo.block_sparse.coarse import coarse_attention, lowered, tile_means
 from fastvideo.block_sparse.eager import without_autocast
 from fastvideo.block_sparse.fine_stage import add_gated_tiles, attend_to_tiles
-from fastvideo.block_sparse.geometry import VideoGeometry, video_geometry, with_replicated
+from fastvideo.block_sparse.geometry import VideoGeometry, check_num_replicated, video_geometry, with_replicated
 from fastvideo.block_sparse.inference import attend_without_gradients
 from fastvideo.block_sparse.selection import num_kept_tiles, select_tiles
 from fastvideo.tangents import refuse_tangents
@@ -85,8 +85,8 @@ def video_sparse_attention(
         `[B, S + R, Hq, D]` in the dtype of `query`.
 
     Raises:
-        TypeError: For tensors that are not floating point, something else in the place of a tensor, and a `num_kept` that
-            isn't an integer.
+        TypeError: For tensors that are not floating point, something else in the place of a tensor or of a number, and a
+            `num_kept` or `num_replicated` that isn't an integer.
         ValueError: For shapes, dtypes, devices, a grid, a scale or a sparsity that do not fit, or an `impl` that nobody knows.
         NotImplementedError: When `impl` (or every implementation) can't run the call; for tensors with a forward-mode tangent.
 
@@ -108,9 +108,7 @@ def video_sparse_attention(
     query, key, value, *gates = as_autocast(query, key, value, *(() if gate is None else (gate,)))
     _check_inputs(query, key, value, geometry)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    # Not `math.isfinite`, which Dynamo can't trace for a symbolic scale.
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"expected a finite scale, got {scale=}")
+    check_scale(scale)
     gate = _video_gate(gates[0], query, geometry) if gates else None
     if pooled is not None:
         _check_pooled(pooled, (query, key, value), geometry, has_gate=gate is not None)
@@ -134,14 +132,14 @@ def pool_tiles(
         `[B, N, H, D]` in fp32 (fp64 for fp64), differentiable.
 
     Raises:
+        TypeError: For a `num_replicated` that isn't an integer.
         ValueError: For a tensor of another rank or number of tokens, a tile that isn't one, or a negative `num_replicated`.
 
     Example:
         >>> pool_tiles(torch.arange(8.0).view(1, 8, 1, 1), (2, 2, 2), tile_tyx=(1, 2, 2)).flatten().tolist()
         [1.5, 5.5]
     """
-    if num_replicated < 0:
-        raise ValueError(f"expected num_replicated >= 0, got {num_replicated=}")
+    check_num_replicated(num_replicated)
     grid = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx))
     return tile_mean(x[:, : x.shape[1] - num_replicated], grid)
 

@@ -25,6 +25,7 @@ from fastvideo.platforms import current_platform
 __all__ = ["Choice", "Place", "Plan", "build_metadata", "exact_backends"]
 
 _GENERAL = ("current_timestep", "raw_latent_shape", "patch_size", "device")
+_FIELDS = {argument: field for field, argument in OPTIONS.items()}
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -213,7 +214,8 @@ def _choose(policy: AttentionPolicy, place: Place, number: int | None, builders:
     refuses_padding = bool(_structural_reasons(name, mask="key_padding"))
     if number is None or not backend.requires_metadata():
         if number is not None and (options := policy.rules[number].builder_options):
-            raise ValueError(f"{where} gives {name} {sorted(options)}, and it takes no options: it needs no metadata")
+            given = ", ".join(_FIELDS.get(option, option) for option in options)
+            raise ValueError(f"{where} gives {name} {given}, and it is dense: it takes no options; leave them out")
         return Choice(name, number, refuses_padding=refuses_padding)
     if number not in builders:
         _try_options(name, policy.rules[number], where)
@@ -238,11 +240,10 @@ def _structural_reasons(name: str, **change: Any) -> tuple[str, ...]:
 
 
 def _try_options(name: str, rule: Rule, where: str) -> None:
-    fields = {argument: field for field, argument in OPTIONS.items()}
     parameters = inspect.signature(load_backend(name).get_builder_cls()().build).parameters
     given = {*rule.builder_options, *_GENERAL}
     lacking = [
-        fields.get(parameter.name, f"options={{{parameter.name!r}: ...}}")
+        _FIELDS.get(parameter.name, f"options={{{parameter.name!r}: ...}}")
         for parameter in parameters.values()
         if parameter.default is parameter.empty and parameter.kind not in _REST and parameter.name not in given
     ]
@@ -254,6 +255,8 @@ def _try_options(name: str, rule: Rule, where: str) -> None:
         raise ValueError(f"{where} gives {name} options that its metadata can't be built with: {error}") from error
     if rule.sparsity is not None and getattr(metadata, "sparsity", None) != rule.sparsity:
         raise ValueError(f"{where} gives {name} sparsity={rule.sparsity}, and it doesn't follow one")
+    if rule.window_tyx is not None and not hasattr(metadata, "windows"):
+        raise ValueError(f"{where} gives {name} window_tyx={rule.window_tyx}, and it has no windows")
 
 
 def build_metadata(

@@ -43,7 +43,8 @@ class Rule:
         steps: Which denoising steps, written like layers; `slice(5, None)` means all but the first five.
         sparsity: Share of key tiles to drop, in [0, 1), for `VIDEO_SPARSE_ATTN` and others whose metadata has one.
         tile_tyx: Tokens of a tile along time, height and width, or `"auto"`, for backends with tiles.
-        window_tyx: Tiles of a window, for `SLIDING_TILE_ATTN`: one window, or a list of one per head.
+        window_tyx: Tiles of a window, for `SLIDING_TILE_ATTN` and others whose metadata has `windows`: one, or a list of one
+            per head.
         options: Further arguments of the backend's metadata builder, by name.
 
     Raises:

@@ -9,7 +9,7 @@ Shape legend: S tokens, N tiles; T, Y, X video grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +124,7 @@ class TileGrid:
 
 def as_tyx(name: str, value: Sequence[int]) -> tuple[int, int, int]:
     """Check that `value` is three integers of at least 1 and return them as a tuple."""
-    extents = tuple(value)
+    extents = tuple(value) if isinstance(value, Iterable) else ()
     if len(extents) != 3 or any(isinstance(extent, bool) or not isinstance(extent, int) for extent in extents):
         raise ValueError(f"expected {name} to be three integers (t, y, x), got {value!r}")
     if min(extents) < 1:

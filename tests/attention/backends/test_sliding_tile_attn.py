@@ -25,6 +25,7 @@ from fastvideo.attention.backends.sliding_tile_attn import (
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.forward_context import set_forward_context
 from fastvideo.testing import assert_op_within_budget, reference_attention
+from fastvideo.video.choose_tile import choose_tile
 
 GRID = (5, 4, 6)
 NUM_TOKENS = 120
@@ -203,7 +204,7 @@ def test_steps_share_their_tensors() -> None:
         ({"raw_latent_shape": (5, 8, 13)}, r"divide.*\(5, 8, 13\).*\(1, 2, 2\)"),
         ({"patch_size": (1, 0, 2)}, "patch_size"),
         ({"tile_tyx": (4, 4, 0)}, "tile_tyx"),
-        ({"tile_tyx": "auto"}, "tile_tyx"),
+        ({"tile_tyx": "small"}, "tile_tyx"),
         ({"STA_window": (1, 2, 3)}, r"odd windows in STA_window.*\(1, 2, 3\): replace 2 by 1 or 3"),
         ({"STA_window": [(1, 1, 1), (1, 1, 4)]}, r"odd windows in STA_window\[1\].*\(1, 1, 4\)"),
         ({"STA_window": (1, 3)}, "STA_window to be three integers"),
@@ -222,6 +223,7 @@ def test_metadata_that_does_not_fit(changes, text) -> None:
 
 def test_settings_of_others_are_named() -> None:
     assert build(VSA_sparsity=0.9).windows == build().windows
+    assert build(tile_tyx="auto").tile_tyx == choose_tile(GRID).tile_tyx
     with pytest.raises(TypeError, match=r"STA_windows.*it takes current_timestep"):
         build(STA_windows=(1, 1, 1))
     with pytest.raises(TypeError, match="STA_window"):

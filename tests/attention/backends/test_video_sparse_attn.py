@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fastvideo.attention.request import AttentionRequest
 from fastvideo.block_sparse import video_sparse_attention
 from fastvideo.block_sparse.video_sparse_reference import video_sparse_attention_reference
 from fastvideo.forward_context import set_forward_context
+from fastvideo.video.choose_tile import choose_tile
 
 
 def build(**changes) -> VideoSparseAttentionMetadata:
@@ -85,10 +87,23 @@ def test_sparsity_outside_its_range(sparsity) -> None:
         build(VSA_sparsity=sparsity)
 
 
+@pytest.mark.parametrize("sparsity", ["0.5", None, True, [0.5]])
+def test_sparsity_that_is_no_number(sparsity) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"expected VSA_sparsity as a number in [0, 1), got {sparsity!r}")):
+        build(VSA_sparsity=sparsity)
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has CUDA")
+def test_a_device_that_torch_lacks() -> None:
+    with pytest.raises(AssertionError, match="not compiled with CUDA"):
+        build(device="cuda")
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"raw_latent_shape": (5, 8)}, "raw_latent_shape"),
+        ({"patch_size": 2}, r"patch_size to be three integers \(t, y, x\), got 2"),
         ({"raw_latent_shape": (5, 8, 13)}, r"divide.*\(5, 8, 13\).*\(1, 2, 2\)"),
         ({"patch_size": (1, 2)}, "patch_size"),
         ({"patch_size": (1, 0, 2)}, "patch_size"),
@@ -100,7 +115,9 @@ def test_geometry_that_does_not_fit(changes, text) -> None:
         build(**changes)
 
 
-def test_unknown_settings_are_named() -> None:
+def test_settings_of_others_are_named() -> None:
+    assert build(STA_window=(3, 3, 3)).num_kept_tiles == build().num_kept_tiles
+    assert build(tile_tyx="auto").tile_tyx == choose_tile((5, 4, 6)).tile_tyx
     with pytest.raises(TypeError, match=r"VSA_sparisty.*it takes current_timestep"):
         build(VSA_sparisty=0.9)
 

@@ -27,8 +27,9 @@ from fastvideo.block_sparse.attention import block_sparse_attention
 from fastvideo.block_sparse.pattern import BlockPattern
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, with_replicated
 from fastvideo.tensor_cache import cache_tensors
+from fastvideo.video.choose_tile import resolve_tile
 from fastvideo.video.grid import check_num_tokens, token_grid
-from fastvideo.video.tiles import TileGrid, as_tyx
+from fastvideo.video.tiles import TileGrid
 from fastvideo.video.windows import as_window_tyx, largest_part, window_lists
 
 __all__ = [
@@ -175,7 +176,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         patch_size: Sequence[int],
         STA_window: Sequence[int] | Sequence[Sequence[int]],
         device: torch.device | str,
-        tile_tyx: Sequence[int] = DEFAULT_TILE_TYX,
+        tile_tyx: Sequence[int] | str = DEFAULT_TILE_TYX,
         VSA_sparsity: float | None = None,  # noqa: ARG002  # pipelines hand it to every builder
         **settings: Any,
     ) -> SlidingTileAttentionMetadata:
@@ -188,7 +189,8 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
             STA_window: Tiles of a window along the same axes, odd; or a list of those, one per head. A window longer
                 than an axis of the grid sees the whole axis.
             device: Where the model runs.
-            tile_tyx: Tokens of a tile.
+            tile_tyx: Tokens of a tile; `"auto"` picks that of at most 64 tokens which costs least on this grid, `"auto128"` of
+                at most 128.
             VSA_sparsity: Not read: the windows say what is seen.
             **settings: No other setting is known.
 
@@ -202,7 +204,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
                 "STA_window, device, tile_tyx and VSA_sparsity"
             )
         grid_tyx = token_grid(raw_latent_shape, patch_size)
-        grid, windows = TileGrid(grid_tyx, as_tyx("tile_tyx", tile_tyx)), _as_windows(STA_window)
+        grid, windows = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx)), _as_windows(STA_window)
         return SlidingTileAttentionMetadata(current_timestep, _cached_windowed(grid, windows, torch.device(device)))
 
 

@@ -22,7 +22,7 @@ from fastvideo.attention.backends.abstract import (
 )
 from fastvideo.attention.backends.sparse import SparseAttentionImpl, SparseMetadata, common_rejections
 from fastvideo.attention.request import AttentionRequest
-from fastvideo.block_sparse.selection import num_kept_tiles
+from fastvideo.block_sparse.selection import as_sparsity, num_kept_tiles
 from fastvideo.block_sparse.video_sparse import VideoGeometry, video_geometry, video_sparse_attention
 from fastvideo.video.choose_tile import resolve_tile
 from fastvideo.video.grid import check_num_tokens, token_grid
@@ -131,6 +131,7 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         VSA_sparsity: float,
         device: torch.device | str,
         tile_tyx: Sequence[int] | str = DEFAULT_TILE_TYX,
+        STA_window: Sequence[Any] | None = None,  # noqa: ARG002  # pipelines hand it to every builder
         **settings: Any,
     ) -> VideoSparseAttentionMetadata:
         """Return the metadata of one step.
@@ -141,21 +142,24 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
             patch_size: Latent cells of a token along the same axes; they must divide `raw_latent_shape`.
             VSA_sparsity: Share of tiles to drop, in [0, 1).
             device: Where the model runs.
-            tile_tyx: Tokens of a tile; `"auto"` picks that of at most 64 tokens which costs least on this grid.
+            tile_tyx: Tokens of a tile; `"auto"` picks that of at most 64 tokens which costs least on this grid, `"auto128"` of
+                at most 128.
+            STA_window: Not read: tiles are chosen by their content.
             **settings: No other setting is known.
 
         Raises:
-            TypeError: `settings` holds a name.
+            TypeError: `settings` holds a name, or the sparsity is no number.
             ValueError: The shapes are not three positive integers or do not divide, or the sparsity lies outside [0, 1).
         """
         if settings:
             raise TypeError(
                 f"build() knows no argument {sorted(settings)}; it takes current_timestep, raw_latent_shape, patch_size, "
-                "VSA_sparsity, device and tile_tyx"
+                "VSA_sparsity, device, tile_tyx and STA_window"
             )
+        sparsity = as_sparsity("VSA_sparsity", VSA_sparsity)
         grid_tyx = token_grid(raw_latent_shape, patch_size)
         grid = TileGrid(grid_tyx, resolve_tile(tile_tyx, grid_tyx))
-        return VideoSparseAttentionMetadata(current_timestep, float(VSA_sparsity), video_geometry(grid, device))
+        return VideoSparseAttentionMetadata(current_timestep, sparsity, video_geometry(grid, device))
 
 
 class VideoSparseAttentionImpl(SparseAttentionImpl[VideoSparseAttentionMetadata]):
