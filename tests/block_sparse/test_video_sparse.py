@@ -190,6 +190,20 @@ def test_tokens_of_dropped_tiles_are_not_read(case) -> None:
     assert 0 < untouched.sum() < untouched.numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_key_that_is_nan_shows_everywhere(dtype) -> None:
+    inputs = make_inputs("uniform", dtype, gate=False)
+    inputs["key"][0, 7, 0, 0] = torch.nan
+    for attend in (video_sparse_attention, video_sparse_attention_reference):
+        out = attend(**inputs, **settings_of("uniform"))
+        assert out[0, :, 0].isnan().all()
+        assert not out[1].isnan().any()
+    means = torch.randn(2, 1, 20, 1, 8, dtype=dtype).unbind(0)
+    means[1][:, 13] = torch.nan
+    lists = selection.select_tiles(*means, 1)
+    assert lists.unique().tolist() == [13]
+
+
 def test_a_query_tile_of_nan_leaves_the_others_alone() -> None:
     inputs = make_inputs("primes", torch.float32, gate=False)
     tiles = torch.tensor(reference_tile_of_token(*CASES["primes"][:2]))

@@ -94,6 +94,8 @@ def test_means_that_are_nan_and_infinite_give_k_distinct_tiles() -> None:
     assert ((lists >= 0) & (lists < 20)).all()
     assert (lists.diff(dim=-1) > 0).all()
     assert lists[0, 0, 3].tolist() == [0, 1, 2, 3, 4, 5]
+    key[:, 17] = NAN
+    assert (selection.select_tiles(query, key, 6) == 17).any(-1)[0, 0, [0, 1, 2, 5, 6, 19]].all()
 
 
 CASES = [((1, 1, 1), (4, 4, 4)), ((2, 2, 4), (2, 2, 2)), ((5, 3, 3), (4, 4, 4)), ((3, 6, 5), (3, 5, 4)), ((1, 2, 3), (1, 1, 1))]

@@ -57,9 +57,10 @@ def as_sparsity(name: str, value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} as a number in [0, 1), got {value!r}")
-    if not 0.0 <= value < 1.0:
+    share = float(value)
+    if not 0.0 <= share < 1.0:
         raise ValueError(f"expected {name} in [0, 1), got {value!r}")
-    return float(value)
+    return share
 
 
 @torch.no_grad()
@@ -100,6 +101,8 @@ def top_k_ascending(scores: Tensor, k: int) -> Tensor:
 def select_tiles(pooled_query: Tensor, pooled_key: Tensor, num_kept: int, scale: float = 1.0) -> Tensor:
     """The `num_kept` key tiles of highest dot product for each query tile, as `top_k_ascending` ranks them.
 
+    A product that is NaN counts as infinity, so that a key that is NaN is kept and shows in the output, as in dense attention.
+
     The scores of a few heads, or of a few query tiles of one head, exist at a time. One custom op, so that activation
     checkpointing can keep its result (`keep_tile_lists`).
 
@@ -130,6 +133,7 @@ def choose_tiles(query: Tensor, key: Tensor, num_kept: int, scale: float) -> Ten
     # There are also the negated scores, the sorted copy and 8-byte indices.
     for lists, rows in _steps(num_lists, num_tiles, num_tiles * (3 * query.itemsize + 8), _SCRATCH_BYTES):
         scores = torch.cat([_scores(query, key, entry, rows) for entry in range(num_lists)[lists]])
+        scores.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         indices.flatten(0, 1)[lists, rows] = top_k_ascending(scores, num_kept)
     return indices
 

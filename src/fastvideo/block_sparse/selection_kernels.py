@@ -58,7 +58,8 @@ def coarse_scores_kernel(
 ):
     """Scores of the query tiles from `I_ROW` on, of the heads (of samples) from `I_LIST` on.
 
-    They are `[lists, NUM_ROWS, NUM_TILES]`; a row takes `s_score` of memory, filled up with NaN.
+    They are `[lists, NUM_ROWS, NUM_TILES]`, infinite where they would be NaN; a row takes `s_score` of memory, filled up with
+    NaN.
     """
     num_row_blocks, num_key_blocks = tl.cdiv(NUM_ROWS, BLOCK), tl.cdiv(NUM_TILES, BLOCK_KEYS)
     i_list = (tl.program_id(0) // (num_row_blocks * num_key_blocks)).to(tl.int64)
@@ -76,6 +77,7 @@ def coarse_scores_kernel(
         b_query = tl.load(p_query + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0) * scale
         b_key = tl.load(p_key + o_d[:, None], mask=m_d[:, None] & m_key[None, :], other=0.0)
         b_scores = tl.dot(b_query, b_key, b_scores, input_precision=PRECISION)
+    b_scores = tl.where(b_scores == b_scores, b_scores, float("inf"))
     b_scores = tl.where(m_key[None, :], b_scores, float("nan"))
     o_score = (i_list * NUM_ROWS + o_row)[:, None] * s_score + o_key[None, :]
     tl.store(scores + o_score, b_scores, mask=m_row[:, None] & (o_key < s_score)[None, :])

@@ -55,9 +55,10 @@ def video_sparse_attention(
     """Video Sparse Attention: `fine + coarse[tile of token] * gate`.
 
     Each query tile keeps `max(1, ceil((1 - sparsity) * N))` of the N key tiles, those of highest coarse score, ties to the
-    lowest index; the choice passes no gradient, the coarse part does. `gate=None` means no coarse part at all. Text of R
-    tokens may follow the video: every video token sees all of it beside its tiles, text queries see everything, and
-    text takes no part in means, choice and coarse part. Query head `h` uses key and value head `h // (Hq // Hkv)`.
+    lowest index, with NaN as infinity, so that a NaN in a key shows in the output; the choice passes no gradient, the coarse
+    part does. `gate=None` means no coarse part at all. Text of R tokens may follow the video: every video token sees all of
+    it beside its tiles, text queries see everything, and text takes no part in means, choice and coarse part. Query head `h`
+    uses key and value head `h // (Hq // Hkv)`.
 
     Nothing waits for the device. Coarse scores exist a few rows at a time, no tensor is copied to be permuted, and what is
     kept for the backward beside inputs and output is the lists, the log-sum-exp and the means.

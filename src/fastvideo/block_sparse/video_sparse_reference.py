@@ -81,7 +81,7 @@ def video_sparse_attention_reference(
 
     if indices is None:
         num_kept = max(1, math.ceil(round((1 - sparsity) * num_tiles, 6)))
-        rows = coarse_scores.detach().flatten(0, -2).tolist()
+        rows = coarse_scores.detach().nan_to_num(math.inf, math.inf, -math.inf).flatten(0, -2).tolist()
         kept = torch.tensor([reference_top_k(row, num_kept) for row in rows], device=query.device)
         indices = kept.view(*coarse_scores.shape[:3], num_kept)
     sees_tile = torch.zeros_like(coarse_scores, dtype=torch.bool).scatter_(-1, indices.long(), True)
