@@ -173,6 +173,16 @@ def test_missing_metadata_says_what_to_do() -> None:
         layer(q, q, q)
 
 
+def test_a_backward_pass_outside_the_context_is_told_of_our_checkpointing() -> None:
+    layer, q = LocalAttention(2, 8, backend="OFFSET"), torch.randn(1, 4, 2, 8, requires_grad=True)
+    with set_forward_context(2, step(2)):
+        lost, kept = torch.utils.checkpoint.checkpoint(layer, q, q, q, use_reentrant=False), checkpoint(layer, q, q, q)
+    with pytest.raises(ValueError, match=r"holds none.*forward_context\.checkpoint in place of torch\.utils\.checkpoint"):
+        lost.sum().backward()
+    kept.sum().backward()
+    assert q.grad is not None
+
+
 def test_metadata_handed_over_counts_and_must_fit() -> None:
     layer, q = LocalAttention(2, 8, backend="OFFSET"), torch.randn(1, 4, 2, 8)
     with set_forward_context(0, step(1)):

@@ -290,6 +290,11 @@ def test_explain_refuses_nonsense(arguments) -> None:
         explain(**{**WAN, **arguments})
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_explain_knows_short_names_of_dtypes(name, dtype) -> None:
+    assert explain(**WAN, dtype=name).decision.request.dtype == dtype
+
+
 def test_explain_refuses_an_unknown_dtype() -> None:
     with pytest.raises(TypeError, match="float33"):
         explain(**WAN, dtype="float33")

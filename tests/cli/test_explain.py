@@ -25,6 +25,8 @@ def test_json(capsys) -> None:
     assert main([*WAN, "--device", "cuda", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["request"]["num_heads"] == 40
+    assert main([*WAN[:-1], "bf16", "--device", "cuda", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["request"] == data["request"]
     assert data["chosen"] in ("TORCH_SDPA", "FLASH_ATTN")
     rejected = [row for row in data["backends"] if not row["accepts"]]
     assert all(row["reasons"] for row in rejected)

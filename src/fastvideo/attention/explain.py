@@ -114,7 +114,7 @@ def explain(
         heads: Query heads.
         head_size: Size of a head.
         seq: Query tokens.
-        dtype: A torch dtype or its name.
+        dtype: A torch dtype or its name, bf16, fp16, fp32 and fp64 among them.
         device: Device type on this machine; `None` means its fastest.
         system: Another machine: a `System`, or a text such as `"H200, no flash-attn"` (see `describe_system`).
         backend: The backend asked for by name; `None` follows scope, environment, then automatic selection.
@@ -192,8 +192,11 @@ def _machine(system: System | str | None, device: str | None) -> System:
     return machine
 
 
+_SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = _SHORT.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise TypeError(f"expected a torch dtype or its name, such as 'bfloat16', got {dtype!r}")
     return found

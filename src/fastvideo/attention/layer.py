@@ -405,8 +405,8 @@ class DistributedAttention_VSA(DistributedAttention):
 
     Every video token sees the tokens of the tiles that its own tile selects, and all replicated tokens; replicated tokens see
     everything. A tile with a NaN among its keys is selected by all, so that it shows. The tiles and how many of them are kept
-    stand in the step's metadata, built by `VideoSparseAttentionMetadataBuilder` and set with `set_forward_context`. Arguments, gradients and errors are those of
-    `DistributedAttention`; `backend=None` means `VIDEO_SPARSE_ATTN`.
+    stand in the step's metadata, built by `VideoSparseAttentionMetadataBuilder` and set with `set_forward_context`. Arguments,
+    gradients and errors are those of `DistributedAttention`; `backend=None` means `VIDEO_SPARSE_ATTN`.
 
     Example:
         >>> from fastvideo.attention.backends.video_sparse_attn import VideoSparseAttentionMetadataBuilder

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, help="key and value heads, by default as query heads")
     parser.add_argument("--kv-seq", type=int, help="key tokens, by default as query tokens")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="bfloat16", help="float16, bfloat16, float32 or float64")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16, float32 or float64, or bf16, fp16, fp32, fp64")
     parser.add_argument("--device", help="device type, by default this machine's fastest; cuda without one here means an H200")
     parser.add_argument("--system", help="another machine, such as 'H200, no flash-attn' or 'A100, torch only'")
     parser.add_argument("--backend", help="the backend asked for by name")

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fastvideo.attention.backends.abstract import forward_keywords
+from fastvideo.attention.registry import backend_name, load_backend
 from fastvideo.attention.selector import use_attn_backend
 from fastvideo.cli.media import contact_sheet, enlarge, to_pixels, write_mp4, write_png
 from fastvideo.models.sprites.pipeline import SamplingSettings, SpriteVideoModel, bundled_model
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     with _ranks(args.device) as (rank, device):
         model = SpriteVideoModel.load(args.model or bundled_model(), device=device)
+        if args.backend and model.transformer.config.has_gate:
+            _check_takes_gate(args.backend)
         changes = {"sparsity": args.sparsity, "num_steps": args.steps, "guidance_scale": args.guidance}
         settings = dataclasses.replace(model.sampling, **{name: x for name, x in changes.items() if x is not None})
         with use_attn_backend(args.backend) if args.backend else contextlib.nullcontext():
@@ -123,6 +127,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"expected --fps of at least 1, got {args.fps}")
     if args.scale is not None and args.scale < 1:
         raise ValueError(f"expected --scale of at least 1, got {args.scale}")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"expected --steps of at least 1, got {args.steps}")
+    if args.sparsity is not None and not 0 <= args.sparsity < 1:
+        raise ValueError(f"expected --sparsity in [0, 1), got {args.sparsity}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"expected --seed in [0, 2^63), got {args.seed}")
     if args.guidance is not None and not math.isfinite(args.guidance):
@@ -130,6 +138,20 @@ def _check(args: argparse.Namespace) -> None:
     if args.device is not None and torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"torch sees no CUDA device here, got --device {args.device}; leave it out to run on the CPU")
     args.out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_takes_gate(backend: str) -> None:
+    """Refuse a backend that can't run a gated model.
+
+    Raises:
+        ValueError: Its implementation takes no gate.
+        UnknownBackend: No backend has that name.
+    """
+    if "gate_compress" not in forward_keywords(load_backend(backend_name(backend)).get_impl_cls()):
+        raise ValueError(
+            f"--backend {backend} takes no gate, and the model's self attention has one; leave out --backend, and give "
+            "--sparsity 0 for dense attention"
+        )
 
 
 def _sample(

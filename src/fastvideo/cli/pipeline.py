@@ -127,8 +127,6 @@ def _policy(args: argparse.Namespace, folder: PipelineFolder) -> AttentionPolicy
             f"{folder.path} has gates of Video Sparse Attention in {', '.join(folder.gated)}, so that is what runs: "
             f"leave out --{given[0]}, or give --sparsity"
         )
-    if args.sparsity is not None and not 0 <= args.sparsity < 1:
-        raise ValueError(f"expected --sparsity in [0, 1), got {args.sparsity}")
     if args.policy is not None:
         return parse_policy(args.policy)
     if args.backend is not None:
@@ -200,9 +198,8 @@ def _wanted_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": len(args.timesteps) if args.timesteps else args.steps,
         "guidance_scale": args.guidance,
     }
-    for option, name in (("--frames", "num_frames"), ("--steps", "num_inference_steps")):
-        if wanted[name] is not None and wanted[name] < 1:
-            raise ValueError(f"expected {option} of at least 1, got {wanted[name]}")
+    if args.frames is not None and args.frames < 1:
+        raise ValueError(f"expected --frames of at least 1, got {args.frames}")
     return {name: value for name, value in wanted.items() if value is not None}
 
 
