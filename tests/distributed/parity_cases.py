@@ -175,6 +175,25 @@ def loss_that_is_no_sum() -> ParityReport:
     return check_parallel_parity(module, [draw(6, 4)], shard={0: 0}, loss=lambda out: out.pow(2).mean())
 
 
+class Scale(nn.Module):
+    """Has parameters that are called like what modules return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output, self.output_scale = (nn.Parameter(draw(4, seed=seed)) for seed in (1, 2))
+
+    def forward(self, x):
+        return x * self.output_scale + self.output
+
+
+def parameters_called_output() -> ParityReport:
+    return check_parallel_parity(Scale(), [draw(6, 4)], shard={0: 0})
+
+
+def parameters_called_output_in_a_layer() -> ParityReport:
+    return check_parallel_parity(nn.Sequential(Scale()), [draw(6, 4)], shard={0: 0})
+
+
 def gradients_are_left_alone() -> ParityReport:
     module = nn.Linear(4, 4)
     with torch.no_grad():
@@ -203,6 +222,8 @@ CASES = (
     layer_mesh,
     own_loss,
     loss_that_is_no_sum,
+    parameters_called_output,
+    parameters_called_output_in_a_layer,
     gradients_are_left_alone,
 )
 

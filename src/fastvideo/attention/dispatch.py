@@ -295,8 +295,8 @@ def find_metadata(selected: Selected, explicit: AttentionMetadata | None) -> Att
         raise ValueError(
             f"backend {selected.name} needs metadata of class {wanted.__name__}, and the forward context holds "
             f"{_describe(present)}; build it once per step with the backend's builder and call the model inside "
-            "`with set_forward_context(current_timestep=..., attn_metadata=...):` (fastvideo.forward_context.checkpoint in place "
-            "of torch.utils.checkpoint.checkpoint carries it to the recomputation)"
+            "`with set_forward_context(current_timestep=..., attn_metadata=...):` (fastvideo.forward_context.checkpoint in "
+            "place of torch.utils.checkpoint.checkpoint carries it to the recomputation)"
         )
     return found
 

@@ -178,8 +178,7 @@ def _rows(
             rows[label] = Row(problem="shape")
         else:
             # A parameter's gradient adds up over ranks; what every rank holds may have a whole gradient on each instead.
-            is_parameter = label.is_gradient and not label.tensor.startswith(("output", "input "))
-            readings = [] if label in sums and is_parameter else [shared.values[label]]
+            readings = [] if label in sums and label.is_parameter else [shared.values[label]]
             readings += [sums[label]] if label in sums else []
             rows[label] = measure(readings, alone.values[label], noisy.values[label], alone.fingerprints[label])
     return rows

@@ -166,7 +166,7 @@ def in_order(labels: Sequence[Label]) -> list[Label]:
 
     def key(labelled: tuple[int, Label]) -> tuple[bool, float]:
         place, label = labelled
-        comes_early = label.is_gradient and not label.tensor.startswith("output") and label.layer not in has_parts
+        comes_early = label.is_parameter and label.layer not in has_parts
         return label.is_gradient, first[label.layer] + 0.5 if comes_early else place
 
     return [label for _, label in sorted(enumerate(labels), key=key)]

@@ -21,7 +21,7 @@ class Label(NamedTuple):
     Attributes:
         layer: Dotted name of the submodule; empty for the module itself.
         call: How many calls of it came before, in one forward pass.
-        tensor: Which tensor: `"output"`, `"output[1]"`, `"input 'q'"`, `"weight"`.
+        tensor: Which tensor: `"output"`, `"output[1]"`, `"input 'q'"`, `"parameter 'weight'"`.
         is_gradient: It is the gradient with respect to that tensor.
     """
 
@@ -33,6 +33,11 @@ class Label(NamedTuple):
     def __str__(self) -> str:
         call = f" (call {self.call + 1})" if self.call else ""
         return f"{self.layer or 'the module'}{call}: {'gradient of ' if self.is_gradient else ''}{self.tensor}"
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether this is a parameter's gradient."""
+        return self.tensor.startswith("parameter ")
 
 
 def flatten(value: Any, path: str = "output") -> Iterator[tuple[str, torch.Tensor]]:

@@ -135,7 +135,7 @@ class Runner:
         for name, parameter in self.module.named_parameters():
             layer, _, own = name.rpartition(".")
             if parameter.grad is not None and (self.only is None or self.only(layer)):
-                keep(Label(layer, 0, own, True), parameter.grad)
+                keep(Label(layer, 0, f"parameter {own!r}", True), parameter.grad)
 
 
 def input_label(name: Any) -> Label:
