@@ -275,6 +275,32 @@ def test_the_tables_of_the_page_are_those_of_the_model() -> None:
     assert re.findall(r"^\| \d+ \|.*$", PAGE, re.MULTILINE) == expected
 
 
+def test_the_model_stands_beside_measurements_as_it_is() -> None:
+    rows = re.findall(r"^\| (\d+p, .*?) \|[^|]*\| ([\d.]+) \|[^|]*\| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| \d+p, ", PAGE, re.MULTILINE)) > 20
+    assert rows == [(what, *model_times(what)) for what, _, _ in rows]
+
+
+def model_times(what: str) -> list[str]:
+    """Return the model's forward and backward, in ms, of a row such as "720p, two cards, VSA, 3 groups"."""
+    resolution, cards, how, *more = what.split(", ")
+    ring, ulysses = {
+        "one card": (1, 1),
+        "2 × 2 cards": (2, 2),
+        **{f"{word} cards": (1, n) if how in ("Ulysses", "VSA") else (n, 1) for word, n in (("two", 2), ("four", 4))},
+    }[cards]
+    sparse = {"sparsity": 0.9, "has_gate": True} if how == "VSA" else {}
+    groups = int(more[0].split()[0]) if more and more[0].endswith("groups") else 1
+    heads, seq = {"720p": (40, 75_600), "480p": (12, 32_760)}[resolution]
+    layouts = plan(heads, None, seq, ring * ulysses, needs_grad=True, head_groups=groups, **sparse).layouts
+    (found,) = (
+        layout
+        for layout in layouts
+        if (layout.ring, layout.ulysses) == (ring, ulysses) and layout.name.endswith("gather") == how.endswith("gather")
+    )
+    return [f"{cost.time * 1e3:.1f}" for cost in (found.forward, found.backward)]
+
+
 def model_row(size: int, **call) -> str:
     found = plan(40, None, world_size=size, needs_grad=True, **call)
     best, time = found.best, found.time(found.best)
