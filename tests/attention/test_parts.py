@@ -142,3 +142,15 @@ def test_what_has_no_kernel_for_its_gradient_is_not_compiled() -> None:
     with pytest.raises(NotImplementedError, match="with a mask"):
         BackendParts(select("FLASH_ATTN", False, 0.3), None, 0.3).check_compilable(True, has_mask=True)
     BackendParts(select("TORCH_SDPA", False, 0.3), None, 0.3).check_compilable(True, has_mask=True)
+
+
+@pytest.mark.parametrize("name", ["TORCH_SDPA", "THIRD_PARTY"])
+def test_second_derivatives_raise(name) -> None:
+    kernels, steps = BackendParts(select(name, False, 0.3), None, 0.3), split((9, 14))
+    shapes = [(1, TOKENS, HEADS, HEAD_SIZE), *[(1, TOKENS, KV_HEADS, HEAD_SIZE)] * 2, (1, 1, TOKENS, TOKENS)]
+    leaves = [draw(*shape, seed=i, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
+    output = attend_in_parts(kernels, steps, *leaves[:3], LOCAL, mask=leaves[3])
+    for grad in torch.autograd.grad(output.square().sum(), leaves, create_graph=True):
+        for leaf in leaves:
+            with pytest.raises(NotImplementedError, match="second one, which is not implemented"):
+                torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True, allow_unused=True)

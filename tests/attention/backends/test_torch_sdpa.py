@@ -155,6 +155,16 @@ def test_log_sum_exp_alone_has_gradients_without_those_of_value() -> None:
     torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("of", [0, 1], ids=["query", "key"])
+def test_second_derivatives_of_the_log_sum_exp_raise(of: int) -> None:
+    inputs = {name: x.requires_grad_() for name, x in make_inputs(torch.float64).items()}
+    leaves = (inputs["query"], inputs["key"])
+    grads = torch.autograd.grad(run(**inputs, return_lse=True)[1].sum(), leaves, create_graph=True)
+    for leaf in leaves:
+        with pytest.raises(RuntimeError, match="second one, which is not implemented"):
+            torch.autograd.grad(grads[of].square().sum(), leaf, retain_graph=True, allow_unused=True)
+
+
 def test_dropout_drops_weights_and_keeps_the_mean() -> None:
     inputs = make_inputs(torch.float32, batch=1, query_len=4, key_len=64, heads=2, kv_heads=2, size=0.1)
     inputs["value"] = torch.ones_like(inputs["value"])
