@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -17,6 +18,8 @@ from fastvideo.attention import (
     DistributedAttention_VSA,
     LocalAttention,
     attention,
+    dispatch,
+    functional,
     register_attn_backend,
 )
 from fastvideo.attention.backends.torch_sdpa import TorchSDPABackend
@@ -207,7 +210,7 @@ class OwnImpl(AttentionImpl):
     """Keeps something of its layer: its name."""
 
     def forward(self, query, key, value, attn_metadata):
-        return value + len(self.prefix)
+        return value * self.softmax_scale + len(self.prefix)
 
 
 class OwnBackend(TorchSDPABackend):
@@ -275,6 +278,38 @@ def test_layers_of_unlike_configuration_are_told_apart_when_compiled() -> None:
         twin.compile(fullgraph=True, backend="eager")
         torch.testing.assert_close(twin(x, x, x), expected)
     assert layers[-1]._dispatcher.own.keys() == layers[-2]._dispatcher.own.keys() != set()
+
+
+@pytest.mark.parametrize("backend", ["TORCH_SDPA", "OWN"])
+def test_a_scale_that_is_set_later_counts(backend: str) -> None:
+    torch._dynamo.reset()
+    register_attn_backend("OWN", OwnBackend)
+    layer, q = LocalAttention(2, 16, softmax_scale=0.25, backend=backend), draw(1, 8, 2, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    results = []
+    for scale in (0.25, 2.0, 0.25):
+        layer.softmax_scale = scale
+        expected = LocalAttention(2, 16, softmax_scale=scale, backend=backend)(q, q, q)
+        for function in (layer, compiled):
+            torch.testing.assert_close(function(q, q, q), expected)
+        results.append(expected)
+    assert not torch.allclose(*results[:2])
+
+
+@pytest.mark.parametrize("backend", ["TORCH_SDPA", "OWN"])
+def test_ever_new_scales_fill_no_memory(backend: str, monkeypatch) -> None:
+    torch._dynamo.reset()
+    register_attn_backend("OWN", OwnBackend)
+    monkeypatch.setattr(dispatch, "_MAX_KEPT", 4)
+    monkeypatch.setattr(dispatch, "_shared", {})
+    monkeypatch.setattr(functional._DISPATCHER, "own", {})
+    q = draw(1, 8, 2, 16)
+    compiled = torch.compile(functools.partial(attention, scale=0.5, backend=backend), fullgraph=True, backend="eager")
+    expected = compiled(q, q, q)
+    for number in range(10):
+        attention(q, q, q, scale=1.0 + number, backend=backend)
+    assert len(dispatch._shared) + len(functional._DISPATCHER.own) == 4
+    torch.testing.assert_close(compiled(q, q, q), expected, rtol=0, atol=0)
 
 
 def test_decision_shows_the_last_choice() -> None:

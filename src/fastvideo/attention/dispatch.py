@@ -25,6 +25,9 @@ from fastvideo.platforms import current_platform
 
 __all__ = ["Dispatcher", "Selected", "check_sequence", "find_metadata"]
 
+_Sizes = tuple[int, int, float, bool, int]
+"""Query heads, head size, softmax scale, causal, key heads: what an implementation is built for."""
+
 _dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
 
@@ -52,6 +55,9 @@ class Selected:
     has_postprocess: bool
 
 
+_MAX_KEPT = 4096
+"""Implementations that are kept in one place; one made anew costs microseconds, and a compiled graph."""
+
 _shared: dict[str, Selected] = {}
 """Implementations that keep nothing of their layer, by what they were built for."""
 
@@ -65,11 +71,7 @@ class Dispatcher:
     Copies and pickles start without implementations and make their own.
 
     Args:
-        head_size: Size of a head.
-        softmax_scale: Factor of the scores.
-        causal: Each query sees only keys up to its own position.
-        num_heads: Query heads of all devices, where they are known.
-        num_kv_heads: Key heads of all devices, where they are known.
+        built_for: What tells this layer's decisions while compiling from those of others.
         prefix: The layer's name in its model.
         supported: Backends that may run; `None` means every one.
         backend: The layer's own wish.
@@ -80,27 +82,20 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        head_size: int,
-        softmax_scale: float,
-        causal: bool,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
+        built_for: tuple[Any, ...] = (),
         prefix: str = "",
         supported: tuple[BackendWish, ...] | None = None,
         backend: BackendWish | None = None,
         default_backend: str | None = None,
         extra_impl_args: dict[str, Any] | None = None,
     ) -> None:
-        self.head_size = head_size
-        self.softmax_scale = softmax_scale
-        self.causal = causal
         self.prefix = prefix
         is_auto = backend is None or (isinstance(backend, str) and backend.lower() == "auto")
         own = None if is_auto or backend is None else backend_name(backend)
         self.limits = (supported_names(supported), own, default_backend)
         self.extra_impl_args = extra_impl_args or {}
         # A string, because Dynamo would make floats symbolic once they differ between layers.
-        self.configuration = repr((num_heads, num_kv_heads, head_size, softmax_scale, causal, self.limits))
+        self.configuration = repr((built_for, self.limits))
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -152,9 +147,10 @@ class Dispatcher:
         else:
             key, decision = _select(self.limits, has_own_arguments, backend, scope, call)
             self.last = decision
-        if key in _shared:
-            return _shared[key]
-        _make_own(self.token, key, call["num_heads"], call["num_kv_heads"], call["is_causal"])
+        shared = _shared.get(key)
+        if shared is not None:
+            return shared
+        _make_own(self.token, key, call["num_heads"], call["head_size"], call["scale"], call["is_causal"], call["num_kv_heads"])
         return self.own[key]
 
     def accepts(self, call: dict[str, Any], metadata: AttentionMetadata | None = None) -> bool:
@@ -164,12 +160,18 @@ class Dispatcher:
             return _accepts(self.limits, scope, **{name: plain(value) for name, value in call.items()})
         return _accepts(self.limits, scope, **call)
 
-    def make_own(self, key: str, num_heads: int, num_kv_heads: int, is_causal: bool) -> None:
+    def make_own(self, key: str, sizes: _Sizes) -> None:
         """Build the layer's own implementation for a key, if it is new."""
         if key not in self.own:
             prefix = f"{self.prefix}.impl" if self.prefix else ""
-            sizes = (num_heads, self.head_size, self.softmax_scale, is_causal, num_kv_heads)
-            self.own[key] = _build(key.split()[0], sizes, prefix, self.extra_impl_args)
+            _keep(self.own, key, _build(key.split()[0], sizes, prefix, self.extra_impl_args))
+
+
+def _keep(kept: dict[str, Selected], key: str, selected: Selected) -> None:
+    """Keep an implementation in the place of the oldest, so that calls of ever new scales don't fill memory."""
+    if len(kept) >= _MAX_KEPT:
+        kept.pop(next(iter(kept)), None)
+    kept[key] = selected
 
 
 def _with_metadata(call: dict[str, Any], metadata: AttentionMetadata | None) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def _select(
     sizes = (request.num_heads, request.head_size, request.softmax_scale, request.is_causal, request.num_kv_heads)
     key = f"{name} {sizes} {request.device}"
     if key not in _shared and not has_own_arguments and vars(load_backend(name)).get("layer_independent", False):
-        _shared[key] = _build(name, sizes, "", {})
+        _keep(_shared, key, _build(name, sizes, "", {}))
     return (f"{key} own" if has_own_arguments else key), decision
 
 
@@ -245,11 +247,11 @@ def _select_while_tracing(
 
 
 @constant_while_tracing
-def _make_own(token: int, key: str, num_heads: int, num_kv_heads: int, is_causal: bool) -> None:
-    _dispatchers[token].make_own(key, num_heads, num_kv_heads, is_causal)
+def _make_own(token: int, key: str, *sizes: Any) -> None:
+    _dispatchers[token].make_own(key, sizes)
 
 
-def _build(name: str, sizes: tuple[int, int, float, bool, int], prefix: str, extra: dict[str, Any]) -> Selected:
+def _build(name: str, sizes: _Sizes, prefix: str, extra: dict[str, Any]) -> Selected:
     backend = load_backend(name)
     impl_cls = backend.get_impl_cls()
     num_heads, head_size, softmax_scale, causal, num_kv_heads = sizes

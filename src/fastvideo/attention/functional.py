@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, overload
 
 import torch
@@ -20,7 +19,6 @@ from fastvideo.attention.validation import (
     check_scale,
     mask_kind,
 )
-from fastvideo.compilation import constant_while_tracing, plain
 
 __all__ = ["attention"]
 
@@ -125,12 +123,11 @@ def attention(
     kind = mask_kind(attn_mask, tuple(query.shape), key.shape[1], query)
     check_output_buffer(out, query)
     softmax_scale = float(query.shape[3] ** -0.5 if scale is None else scale)
-    dispatcher = _DISPATCHERS[_dispatcher_for(plain(query.shape[3]), plain(softmax_scale), is_causal)]
     call = describe_call(
         query, key, value, attn_mask, kind, softmax_scale, is_causal,
         dropout_p=dropout_p, return_lse=return_lse, out=out,
     )  # fmt: skip
-    selected = dispatcher.select(call, backend, attn_metadata)
+    selected = _DISPATCHER.select(call, backend, attn_metadata)
     metadata = find_metadata(selected, attn_metadata)
     check_sequence(selected, metadata, query.shape[1], query.shape[2])
     extras = forward_extras(attn_mask=attn_mask, dropout_p=dropout_p or None, return_lse=return_lse or None, out=out)
@@ -254,16 +251,4 @@ def _preprocess(impl: Any, tensors: tuple[torch.Tensor, ...], metadata: Attentio
     return tuple(impl.preprocess_qkv(tensor, metadata) for tensor in tensors)
 
 
-_DISPATCHERS: dict[int, Dispatcher] = {}
-
-
-@constant_while_tracing
-def _dispatcher_for(head_size: int, softmax_scale: float, is_causal: bool) -> int:
-    dispatcher = _new_dispatcher(head_size, softmax_scale, is_causal)
-    _DISPATCHERS[dispatcher.token] = dispatcher
-    return dispatcher.token
-
-
-@functools.cache
-def _new_dispatcher(head_size: int, softmax_scale: float, is_causal: bool) -> Dispatcher:
-    return Dispatcher(head_size=head_size, softmax_scale=softmax_scale, causal=is_causal)
+_DISPATCHER = Dispatcher()

@@ -74,11 +74,7 @@ class _AttentionLayer(nn.Module):
         self.causal = causal
         self.prefix = prefix
         self._dispatcher = Dispatcher(
-            head_size=head_size,
-            softmax_scale=self.softmax_scale,
-            causal=causal,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            built_for=(num_heads, head_size, num_kv_heads, self.softmax_scale, causal),
             prefix=prefix,
             supported=supported_attention_backends,
             backend=backend,
