@@ -54,6 +54,56 @@ class Selected:
     has_preprocess: bool
     has_postprocess: bool
 
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata | None,
+        extras: dict[str, Any],
+    ) -> Any:
+        """Return what the implementation's `forward` returns: the output, with `return_lse` beside the log-sum-exp.
+
+        Raises:
+            TypeError: It returns something else.
+        """
+        impl: Any = self.impl  # its keyword arguments are those of its backend
+        return self.checked("forward", impl.forward(query, key, value, metadata, **extras), query, "return_lse" in extras)
+
+    def postprocess(self, output: torch.Tensor, metadata: AttentionMetadata | None, like: torch.Tensor) -> torch.Tensor:
+        """Return what the implementation's `postprocess_output` returns.
+
+        Raises:
+            TypeError: It returns something unlike the query, `like`.
+        """
+        found: torch.Tensor = self.checked("postprocess_output", self.impl.postprocess_output(output, metadata), like)
+        return found
+
+    def checked(self, method: str, result: Any, like: torch.Tensor, has_lse: bool = False) -> Any:
+        """Return what a method of the implementation returned, if that is a tensor like `like`, or a pair with its log-sum-exp.
+
+        Raises:
+            TypeError: It isn't.
+        """
+        is_pair = has_lse and isinstance(result, tuple) and len(result) == 2
+        output, lse = result if is_pair else (result, None)
+        fits = isinstance(output, torch.Tensor) and output.shape == like.shape and output.dtype == like.dtype
+        if fits and not has_lse:
+            return result
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if fits and isinstance(lse, torch.Tensor) and lse.shape == like.shape[:3] and lse.dtype == wide:
+            return result
+        expected = f"{like.dtype} {tuple(like.shape)}"
+        if has_lse:
+            expected = f"({expected}, {wide} {tuple(like.shape[:3])})"
+        raise TypeError(f"backend {self.name}: expected {expected} from its {method}, got {_describe_result(result)}; mend it")
+
+
+def _describe_result(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"({', '.join(map(_describe_result, result))})"
+    return f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
+
 
 _MAX_KEPT = 4096
 """Implementations that are kept in one place; one made anew costs microseconds, and a compiled graph."""

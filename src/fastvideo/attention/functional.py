@@ -211,36 +211,36 @@ def run_impl(
     Returns:
         What `forward` returns; with `replicated`, the pair of sequence part and replicated part, `None` without its query.
     """
-    impl: Any = selected.impl  # its keyword arguments are those of its backend
+    like, has_hooks = tensors[0], selected.has_preprocess or selected.has_postprocess
     if selected.has_preprocess:
-        tensors = _preprocess(impl, tensors, metadata)
+        tensors = _preprocess(selected.impl, tensors, metadata)
     query, key, value, *gate = tensors
     if gate:
         extras = {**extras, "gate_compress": gate[0]}
     if replicated is None:
-        if not selected.has_postprocess:
-            return impl.forward(query, key, value, metadata, **extras)
+        if not has_hooks:
+            return selected.forward(query, key, value, metadata, extras)
         # The buffer takes tokens in the caller's order, so it is filled after the hook.
         buffer = extras.pop("out", None)
-        result = impl.forward(query, key, value, metadata, **extras)
+        result = selected.forward(query, key, value, metadata, extras)
         output, *lse = result if isinstance(result, tuple) else (result,)
-        output = impl.postprocess_output(output, metadata)
+        output = selected.postprocess(output, metadata, like)
         output = output if buffer is None else buffer.copy_(output)
         if not lse:
             return output
-        return output, impl.postprocess_output(lse[0].unsqueeze(-1), metadata).squeeze(-1)
+        return output, selected.impl.postprocess_output(lse[0].unsqueeze(-1), metadata).squeeze(-1)
     length, count = query.shape[1], replicated[1].shape[1]
     if "num_replicated" in selected.keywords and not in_front:
         extras = {**extras, "num_replicated": count}
-    joined = [
+    query, key, value = (
         own if more is None else torch.cat([more, own] if in_front else [own, more], dim=1)
         for own, more in zip((query, key, value), replicated, strict=True)
-    ]
-    output = impl.forward(*joined, metadata, **extras)
+    )
+    output = selected.forward(query, key, value, metadata, extras)
     sequence, rest = (output[:, count:], output[:, :count]) if in_front else (output[:, :length], output[:, length:])
     rest = None if replicated[0] is None else rest
-    if selected.has_postprocess:
-        sequence = impl.postprocess_output(sequence, metadata)
+    if has_hooks:
+        sequence = selected.postprocess(sequence, metadata, like)
     return sequence, rest
 
 

@@ -10,8 +10,6 @@ Shape legend: B batch, S tokens, H heads, D head size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fastvideo.attention.backends import torch_sdpa
@@ -43,9 +41,8 @@ class BackendParts:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output over these keys, `[B, S_q, H, D]`, and its log-sum-exp, `[B, S_q, H]`."""
-        impl: Any = (self._causal if is_causal else self._selected).impl
-        extras = {} if mask is None else {"attn_mask": mask}
-        output, lse = impl.forward(query, key, value, None, return_lse=True, **extras)
+        extras = {"return_lse": True} if mask is None else {"return_lse": True, "attn_mask": mask}
+        output, lse = (self._causal if is_causal else self._selected).forward(query, key, value, None, extras)
         return output, lse
 
     @without_second_derivatives  # the log-sum-exp is taken for a constant
