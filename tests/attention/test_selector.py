@@ -24,6 +24,7 @@ from fastvideo.attention import (
     registry,
     use_attn_backend,
 )
+from fastvideo.attention.backends.torch_sdpa import TorchSDPAImpl
 from fastvideo.attention.registry import ENTRY_POINT_GROUP, registered_backends
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.attention.selector import Wish, choose
@@ -397,5 +398,27 @@ def test_hooks_that_reorder_tokens_reach_every_result(qkv) -> None:
     torch.testing.assert_close(buffer, expected)
     with pytest.raises(BackendUnavailable, match="a mask stays in their order"):
         attention(*qkv, backend="REVERSED", attn_mask=torch.ones(2, 24, dtype=torch.bool))
+    with pytest.raises(BackendUnavailable, match="causal attention stays in their order"):
+        attention(*qkv, backend="REVERSED", is_causal=True)
     with pytest.raises(BackendUnavailable, match="when a gradient is needed"):
         attention(qkv[0].requires_grad_(), *qkv[1:], backend="REVERSED", out=buffer)
+
+
+def test_a_hook_that_keeps_the_order_takes_masks_and_causal(qkv) -> None:
+    class ScaledImpl(TorchSDPAImpl):
+        def preprocess_qkv(self, qkv, attn_metadata):
+            return 2 * qkv
+
+    class ScaledBackend(SpecBackend):
+        keeps_token_order = True
+
+        @staticmethod
+        def get_impl_cls():
+            return ScaledImpl
+
+    register_attn_backend("SCALED", ScaledBackend)
+    doubled, mask = [2 * x for x in qkv], torch.ones(2, 24, dtype=torch.bool)
+    mask[:, 20:] = False
+    for options in ({"is_causal": True}, {"attn_mask": mask}):
+        expected = attention(*doubled, backend="TORCH_SDPA", **options)
+        torch.testing.assert_close(attention(*qkv, backend="SCALED", **options), expected)

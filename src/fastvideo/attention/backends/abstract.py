@@ -38,12 +38,15 @@ class AttentionBackend(ABC):
         accept_output_buffer: The implementation's `forward` takes `out=` and writes there. Inference only.
         layer_independent: The implementation keeps nothing of its layer, its `prefix` included, so layers of one
             configuration share one, and equal blocks of a model share a compiled graph. Not inherited: each class says it.
+        keeps_token_order: Masks and causal attention hold behind `preprocess_qkv`, because it leaves tokens where they are, or
+            because `forward` knows where they went.
         exact: The result is dense attention up to rounding, so automatic selection may choose it.
     """
 
     accept_output_buffer: bool = False
     exact: ClassVar[bool] = False
     layer_independent: ClassVar[bool] = False
+    keeps_token_order: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -88,8 +91,9 @@ class AttentionBackend(ABC):
             if keyword not in keywords
         ]
         has_hook = cls.get_impl_cls().preprocess_qkv is not AttentionImpl.preprocess_qkv
-        if request.mask is not None and has_hook:
-            reasons.append("a mask is not supported: its preprocess_qkv reorders tokens, and a mask stays in their order")
+        for what, is_asked in (("a mask", request.mask is not None), ("causal attention", request.is_causal)):
+            if is_asked and has_hook and not cls.keeps_token_order:
+                reasons.append(f"{what} is not supported: its preprocess_qkv reorders tokens, and {what} stays in their order")
         if request.shares_keys and (cls.requires_metadata() or has_hook):
             reasons.append(f"layout {request.layout!r} leaves each device a part of the queries or keys; use layout='ulysses'")
         if request.has_out and not cls.accept_output_buffer:
