@@ -234,16 +234,27 @@ def test_unknown_extra_arguments(layer_cls) -> None:
     keywords = {} if layer_cls is not DistributedAttention_VSA else {"attn_metadata": build()}
     with pytest.raises(TypeError, match=r"\['windw_size'\]"):
         layer(*qkv(), **keywords)
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.1"):
-        layer_cls(4, 16, dropout_rate=0.1)
+    with pytest.raises(NotImplementedError, match=r"dropout_rate='0\.1'"):
+        layer_cls(4, 16, dropout_rate="0.1")
 
 
 @pytest.mark.parametrize("sizes", [(0, 16), (4, 0), (4, 16, 3), (-1, 16)])
 def test_sizes_out_of_range(sizes) -> None:
     with pytest.raises(ValueError, match=r"num_heads|head_size"):
         LocalAttention(*sizes)
-    with pytest.raises(TypeError, match="integer num_heads"):
-        LocalAttention(4.0, 16)
+    for wrong in (4.0, True, "4", torch.ones(1), [4]):
+        with pytest.raises(TypeError, match="integer num_heads"):
+            LocalAttention(wrong, 16)
+        with pytest.raises(TypeError, match="integer head_groups"):
+            DistributedAttention(4, 16, head_groups=wrong)
+
+
+def test_sizes_of_other_integer_types_are_sizes() -> None:
+    numpy = pytest.importorskip("numpy")
+    layer = DistributedAttention(numpy.int64(4), torch.tensor(16), numpy.int32(2), head_groups=numpy.int8(2))
+    sizes = (layer.num_heads, layer.head_size, layer.num_kv_heads, layer.head_groups)
+    assert sizes == (4, 16, 2, 2)
+    assert {type(size) for size in sizes} == {int}
 
 
 def test_replicated_tokens_that_do_not_fit() -> None:
@@ -270,8 +281,14 @@ def test_rotary_tables_that_do_not_fit() -> None:
     q, k, v = qkv()
     with pytest.raises(ValueError, match=r"cosines \[S, D/2\] = \(128, 8\)"):
         LocalAttention(4, 16)(q, k, v, freqs_cis=(torch.ones(100, 8), torch.ones(100, 8)))
-    with pytest.raises(TypeError, match="pair of tensors"):
-        LocalAttention(4, 16)(q, k, v, freqs_cis=torch.ones(128, 8))
+    table = torch.ones(128, 8, dtype=torch.complex64)
+    for wrong, kinds in (
+        (table, "torch.complex64"),
+        ((table, table), "torch.complex64, torch.complex64"),
+        ((1, 2), "int, int"),
+    ):
+        with pytest.raises(TypeError, match=rf"pair of tensors \(cosines, sines\), got {kinds}; .* pass \(real, imag\)"):
+            LocalAttention(4, 16)(q, k, v, freqs_cis=wrong)
 
 
 def test_dropout_out_of_range() -> None:
@@ -300,10 +317,10 @@ def test_metadata_of_a_sparse_backend_handed_to_a_dense_one() -> None:
     [
         (lambda q: attention(q, q, q, out=3), "out as a tensor"),
         (lambda q: attention(q, q, q, dropout_p="0.1"), "dropout_p as a float"),
-        (lambda q: attention(q, q, q, is_causal=torch.tensor(True)), "causal flag as a bool"),
-        (lambda q: LocalAttention(4, 16, causal="False"), "causal flag as a bool"),
-        (lambda q: LocalAttention(4, 16, supported_attention_backends="TORCH_SDPA"), "as a tuple"),
-        (lambda q: LocalAttention(4, 16)(q, q, q, freqs_cis=(1, 2)), "pair of tensors"),
+        (lambda q: attention(q, q, q, is_causal=torch.tensor(True)), "causal as a bool"),
+        (lambda q: attention(q, q, q, enable_gqa="yes"), "enable_gqa as a bool, got 'yes'"),
+        (lambda q: attention(q, q, q, return_lse="yes"), "return_lse as a bool, got 'yes'"),
+        (lambda q: LocalAttention(4, 16, causal="False"), "causal as a bool"),
         (lambda q: DistributedAttention_VSA(4, 16)(q, q, q, gate_compress=1.0, attn_metadata=build()), "gate_compress as a"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from fastvideo.attention.registry import backend_name
 from fastvideo.attention.request import MASK_KINDS, AttentionRequest
 from fastvideo.attention.selector import BackendWish, Decision, Wish, choose, resolve_wish
-from fastvideo.attention.validation import check_causal_lengths, check_dropout, check_scale, check_sizes
+from fastvideo.attention.validation import as_size, check_causal_lengths, check_dropout, check_flags, check_scale, check_sizes
 from fastvideo.forward_context import thread_state
 from fastvideo.platforms import System, current_platform, describe_system
 from fastvideo.video.choose_tile import TileChoice, resolve_tile, tile_cost
@@ -133,7 +133,7 @@ def explain(
         tile_tyx: Tokens of a tile, `"auto"` or `"auto128"`; `None` means `"auto"`.
 
     Raises:
-        TypeError: `dtype` names no dtype.
+        TypeError: `dtype` names no dtype, or a size or a flag is of a wrong type.
         ValueError: A size is out of range, the grid has more tokens than `seq`, a tile is given without a grid, the
             device isn't here, or the text describes no known machine.
         UnknownBackend: No backend has that name.
@@ -146,14 +146,11 @@ def explain(
     """
     kv_heads = heads if kv_heads is None else kv_heads
     kv_seq = seq if kv_seq is None else kv_seq
-    check_sizes(heads, kv_heads, head_size)
+    heads, kv_heads, head_size = check_sizes(heads, kv_heads, head_size)
     check_scale(scale)
     check_dropout(dropout_p)
-    for name, size in (("seq", seq), ("kv_seq", kv_seq), ("batch", batch)):
-        if not isinstance(size, int):
-            raise TypeError(f"expected an integer {name}, got {size!r}")
-    if min(seq, kv_seq, batch) < 1:
-        raise ValueError(f"expected seq, kv_seq and batch >= 1, got {seq}, {kv_seq} and {batch}")
+    check_flags(causal=causal, needs_grad=needs_grad, needs_lse=needs_lse, has_gate=has_gate)
+    seq, kv_seq, batch = as_size("seq", seq), as_size("kv_seq", kv_seq), as_size("batch", batch)
     if mask is not None and mask not in MASK_KINDS:
         raise ValueError(f"expected mask as None or one of {', '.join(MASK_KINDS)}, got {mask!r}")
     if causal:

@@ -11,9 +11,9 @@ from fastvideo.attention.dispatch import Dispatcher, Selected, check_sequence, f
 from fastvideo.attention.selector import BackendWish
 from fastvideo.attention.validation import (
     autocast,
-    check_causal,
     check_causal_lengths,
     check_dropout,
+    check_flags,
     check_output_buffer,
     check_qkv,
     check_scale,
@@ -112,7 +112,7 @@ def attention(
     check_qkv(query, key, value)
     check_scale(scale)
     check_dropout(dropout_p)
-    check_causal(is_causal)
+    check_flags(is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     if query.shape[2] != key.shape[2] and not enable_gqa:
         raise ValueError(
             f"expected as many key heads as query heads, got {key.shape[2]} and {query.shape[2]}; "

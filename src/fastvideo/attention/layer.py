@@ -27,9 +27,10 @@ from fastvideo.attention.shared_call import (
     shard_lengths_of,
 )
 from fastvideo.attention.validation import (
+    as_size,
     autocast,
-    check_causal,
     check_causal_lengths,
+    check_flags,
     check_output_buffer,
     check_qkv,
     check_replicated,
@@ -64,9 +65,9 @@ class _AttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_sizes(num_heads, num_kv_heads, head_size)
+        num_heads, num_kv_heads, head_size = check_sizes(num_heads, num_kv_heads, head_size)
         check_scale(softmax_scale)
-        check_causal(causal)
+        check_flags(causal=causal)
         self.num_heads = num_heads
         self.head_size = head_size
         self.num_kv_heads = num_kv_heads
@@ -295,15 +296,13 @@ class DistributedAttention(_AttentionLayer):
         ):
             if value not in known:
                 raise ValueError(f"expected {name} as one of {', '.join(known)}, got {value!r}")
-        if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
-            raise ValueError(f"expected head_groups as a positive integer or None, got {head_groups!r}")
         if exchange_dtype not in (None, FLOAT8):
             raise ValueError(f"expected exchange_dtype as {FLOAT8} or None, got {exchange_dtype!r}")
         self.exchange_dtype = exchange_dtype
         self.layout = layout
         self.joint_strategy = joint_strategy
         self.replicated_grad = replicated_grad
-        self.head_groups = head_groups
+        self.head_groups = None if head_groups is None else as_size("head_groups", head_groups)
         self.sequence_group = as_sequence_group(mesh)
 
     def forward(
@@ -472,5 +471,5 @@ def _check_gate(gate: torch.Tensor | None, q: torch.Tensor) -> None:
 def _meant(extra_impl_args: dict[str, Any]) -> dict[str, Any]:
     """Drop `dropout_rate=0`, which real callers hand over without meaning it."""
     if extra_impl_args.get("dropout_rate", 0) != 0:
-        raise NotImplementedError(f"layers apply no dropout, got dropout_rate={extra_impl_args['dropout_rate']}")
+        raise NotImplementedError(f"layers apply no dropout, got dropout_rate={extra_impl_args['dropout_rate']!r}")
     return {name: value for name, value in extra_impl_args.items() if name != "dropout_rate"}

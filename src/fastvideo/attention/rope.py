@@ -18,7 +18,7 @@ def apply_rope(x: torch.Tensor, freqs_cis: tuple[torch.Tensor, torch.Tensor]) ->
         `[B, S, H, D]` in the dtype of `x`.
 
     Raises:
-        TypeError: `freqs_cis` is no pair of tensors.
+        TypeError: `freqs_cis` is no pair of real tensors.
         ValueError: Their shapes don't fit `x`.
 
     Example:
@@ -26,8 +26,13 @@ def apply_rope(x: torch.Tensor, freqs_cis: tuple[torch.Tensor, torch.Tensor]) ->
         >>> apply_rope(x, (torch.zeros(1, 1), torch.ones(1, 1))).flatten().tolist()
         [0.0, 1.0]
     """
-    if not (isinstance(freqs_cis, tuple) and len(freqs_cis) == 2 and all(isinstance(x, torch.Tensor) for x in freqs_cis)):
-        raise TypeError(f"expected freqs_cis as a pair of tensors (cosines, sines), got {freqs_cis!r:.80}")
+    is_pair = isinstance(freqs_cis, tuple) and len(freqs_cis) == 2
+    if not (is_pair and all(isinstance(x, torch.Tensor) and not x.is_complex() for x in freqs_cis)):
+        given = freqs_cis if isinstance(freqs_cis, (tuple, list)) else [freqs_cis]
+        kinds = ", ".join(str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__ for x in given)
+        raise TypeError(
+            f"expected freqs_cis as a pair of tensors (cosines, sines), got {kinds}; of complex numbers pass (real, imag)"
+        )
     expected = (x.shape[1], x.shape[3] // 2)
     for name, table in zip(("cosines", "sines"), freqs_cis, strict=True):
         if tuple(table.shape) != expected or x.shape[3] % 2:

@@ -6,15 +6,17 @@ Every message says what was expected, what came and what to do. `B batch, S toke
 from __future__ import annotations
 
 import math
+import operator
 from typing import TypeGuard
 
 import torch
 
 __all__ = [
+    "as_size",
     "autocast",
-    "check_causal",
     "check_causal_lengths",
     "check_dropout",
+    "check_flags",
     "check_output_buffer",
     "check_qkv",
     "check_replicated",
@@ -26,20 +28,35 @@ __all__ = [
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_sizes(num_heads: int, num_kv_heads: int, head_size: int) -> None:
-    """Check the sizes that a layer is built with.
+def as_size(name: str, size: int) -> int:
+    """Return a positive integer of any type, NumPy's too, as an `int`.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is not positive.
+    """
+    try:
+        number = operator.index(size)
+    except TypeError:
+        number = None
+    if number is None or isinstance(size, bool):
+        raise TypeError(f"expected an integer {name}, got {size!r}")
+    if number < 1:
+        raise ValueError(f"expected {name} >= 1, got {size}")
+    return number
+
+
+def check_sizes(num_heads: int, num_kv_heads: int, head_size: int) -> tuple[int, int, int]:
+    """Check the sizes that a layer is built with, and return them as `int`.
 
     Raises:
         TypeError: One is not an integer.
         ValueError: One is not positive, or `num_heads` is no multiple of `num_kv_heads`.
     """
-    for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_size", head_size)):
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"expected an integer {name}, got {size!r}")
-        if size < 1:
-            raise ValueError(f"expected {name} >= 1, got {size}")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+    heads, kv_heads = as_size("num_heads", num_heads), as_size("num_kv_heads", num_kv_heads)
+    if heads % kv_heads:
+        raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {heads} and {kv_heads}")
+    return heads, kv_heads, as_size("head_size", head_size)
 
 
 def check_scale(scale: float | None) -> None:
@@ -146,14 +163,15 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"expected dropout_p in [0, 1), got {dropout_p}")
 
 
-def check_causal(causal: bool) -> None:
-    """Check a causal flag.
+def check_flags(**flags: bool) -> None:
+    """Check what is either true or false.
 
     Raises:
-        TypeError: It is no bool.
+        TypeError: One is no bool.
     """
-    if not isinstance(causal, bool):
-        raise TypeError(f"expected the causal flag as a bool, got {causal!r}")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"expected {name} as a bool, got {flag!r}")
 
 
 def check_output_buffer(out: torch.Tensor | None, query: torch.Tensor) -> None:
