@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -142,7 +143,10 @@ def test_a_third_partys_backend_that_raises_stops_no_other(qkv, monkeypatch) -> 
         "TORCH_SDPA",
         ("its class raised AttributeError when it was asked: no such field",),
     )
-    with pytest.raises(BackendUnavailable, match="RAISING: its class raised AttributeError when it was asked: no such field"):
+    with pytest.raises(
+        BackendUnavailable,
+        match="RAISING, asked for by call, can't run this: its class raised AttributeError when it was asked: no such field",
+    ):
         attention(*qkv, backend="RAISING")
 
 
@@ -283,6 +287,7 @@ def test_explain_names_the_distribution_that_owns_the_same_import_name(monkeypat
         {"system": "H200, no such-package"},
         {"system": "H200", "device": "cpu"},
         {"kv_heads": 7},
+        {"batch": 0},
         {"dropout_p": 1.0},
     ],
 )
@@ -296,9 +301,59 @@ def test_explain_knows_short_names_of_dtypes(name, dtype) -> None:
     assert explain(**WAN, dtype=name).decision.request.dtype == dtype
 
 
-def test_explain_refuses_an_unknown_dtype() -> None:
-    with pytest.raises(TypeError, match="float33"):
-        explain(**WAN, dtype="float33")
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("dtype", "float33", "float33"),
+        ("seq", True, "expected an integer seq, got True"),
+        ("batch", 2.0, r"expected an integer batch, got 2\.0"),
+        *((name, "no", f"expected {name} as a bool, got 'no'") for name in ("causal", "needs_grad", "needs_lse", "has_gate")),
+    ],
+)
+def test_explain_refuses_wrong_types(name, value, text) -> None:
+    with pytest.raises(TypeError, match=text):
+        explain(**{**WAN, name: value})
+
+
+def test_the_message_begins_with_why_the_named_backend_cannot_run(qkv) -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        attention(*qkv, backend="VIDEO_SPARSE_ATTN", is_causal=True)
+    first, call, *others = str(caught.value).splitlines()
+    reason = "causal attention is not supported: tiles see each other in both directions"
+    assert first == f"backend VIDEO_SPARSE_ATTN, asked for by call, can't run this: {reason}"
+    assert call == "  the call: query [2, 24, 4, 16], key [2, 24, 4, 16], float32, cpu, causal"
+    assert "  - TORCH_SDPA: accepts" in others
+    assert not any("VIDEO_SPARSE_ATTN" in line for line in others)
+    with pytest.raises(BackendUnavailable) as caught:
+        attention(*qkv, backend="FLASH_ATTN")
+    reasons = caught.value.decision.trace[0].reasons
+    lines = str(caught.value).partition("this: ")[2].splitlines()
+    assert lines[: len(reasons)] == [reasons[0], *(f"    {reason}" for reason in reasons[1:])]
+
+
+def test_names_that_nobody_has(monkeypatch) -> None:
+    with pytest.raises(UnknownBackend, match="no attention backend is called 'NO_ATENTION'; ") as caught:
+        use_attn_backend("NO_ATENTION").__enter__()
+    assert "NO_ATTENTION" not in str(caught.value)
+    monkeypatch.setenv("FASTVIDEO_ATTENTION_BACKEND", "flash")
+    with pytest.raises(UnknownBackend, match=r"^FASTVIDEO_ATTENTION_BACKEND: no .* called 'flash'; did you mean FLASH_ATTN"):
+        get_attn_backend(64, torch.float32)
+
+
+@pytest.mark.parametrize("door", [partial(LocalAttention, 4, 16), partial(get_attn_backend, 64, torch.float32)])
+def test_supported_backends_are_some_backends(door) -> None:
+    with pytest.raises(ValueError, match=r"expected at least one backend to support, or None for every one, got \(\)"):
+        door(supported_attention_backends=())
+    for single in ("TORCH_SDPA", AttentionBackendEnum.TORCH_SDPA, SpecBackend):
+        with pytest.raises(TypeError, match=r"expected supported_attention_backends as a tuple, got .*; write \(backend,\)"):
+            door(supported_attention_backends=single)
+
+
+def test_get_attn_backend_refuses_wrong_types() -> None:
+    with pytest.raises(TypeError, match=r"torch.dtype, such as torch.bfloat16, got 'bfloat16'"):
+        get_attn_backend(64, "bfloat16")
+    with pytest.raises(TypeError, match="expected an integer head_size, got '64'"):
+        get_attn_backend("64", torch.bfloat16)
 
 
 def test_a_class_means_itself_and_not_the_name_it_inherits(qkv) -> None:

@@ -200,8 +200,8 @@ def test_rules_are_checked_where_they_are_written() -> None:
             Rule(backend="TORCH_SDPA", options=options)
     with pytest.raises(ValueError, match="both give the builder's VSA_sparsity"):
         Rule(options={"VSA_sparsity": 0.9}, **VSA)
-    for policy in (Rule(**VSA), [Rule(**VSA)]):
-        with pytest.raises(TypeError, match=r"write AttentionPolicy\(rules"):
+    for policy, kind in ((Rule(**VSA), "Rule"), ([Rule(**VSA)], "list"), ({"self": "TORCH_SDPA"}, "dict"), (3, "int")):
+        with pytest.raises(TypeError, match=rf"backend's name or an AttentionPolicy, got {kind}; write AttentionPolicy\(rules"):
             as_policy(policy)
     with pytest.raises(TypeError, match="list of Rule"):
         AttentionPolicy(rules=Rule(backend="TORCH_SDPA"))

@@ -117,8 +117,12 @@ def registered_backends() -> dict[str, BackendEntry]:
     return {**_BUILT_INS, **_REGISTERED, **_entry_points()}
 
 
-def backend_name(wish: str | AttentionBackendEnum | type[AttentionBackend]) -> str:
+def backend_name(wish: str | AttentionBackendEnum | type[AttentionBackend], place: str = "") -> str:
     """Return the registry's name for what a user wrote: a name in any case, an enum member, or a backend class.
+
+    Args:
+        wish: What the user wrote.
+        place: Where it was written, before the words of an error.
 
     Raises:
         UnknownBackend: No backend has that name; close matches are named.
@@ -131,13 +135,13 @@ def backend_name(wish: str | AttentionBackendEnum | type[AttentionBackend]) -> s
         return _name_of_class(wish)
     else:
         raise TypeError(f"a backend is named by a string, an AttentionBackendEnum or its class, got {wish!r}")
-    known = [*registered_backends(), AttentionBackendEnum.NO_ATTENTION.name]
-    if name.upper() in known:
+    known = registered_backends()
+    if name.upper() in known or name.upper() == AttentionBackendEnum.NO_ATTENTION.name:
         return name.upper()
     close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(known)}"
     raise UnknownBackend(
-        f"no attention backend is called {name!r}; {hint}. Third parties add one with register_attn_backend(...) or the "
+        f"{place}no attention backend is called {name!r}; {hint}. Third parties add one with register_attn_backend(...) or the "
         f"entry-point group {ENTRY_POINT_GROUP!r}."
     )
 

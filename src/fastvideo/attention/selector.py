@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from fastvideo.attention.backends.abstract import AttentionBackend
 from fastvideo.attention.registry import BackendLoadError, backend_name, load_backend, registered_backends
 from fastvideo.attention.request import AttentionRequest
-from fastvideo.attention.validation import check_sizes
+from fastvideo.attention.validation import as_size
 from fastvideo.forward_context import restored, thread_state
 from fastvideo.platforms import AttentionBackendEnum, current_platform
 from fastvideo.settings import Settings
@@ -110,20 +110,21 @@ class Decision:
         return self.chosen
 
     def __str__(self) -> str:
+        call, others = _short(self.request), self.trace
         if self.chosen is not None:
             asked = "chosen automatically" if self.wish is None else f"asked for by {self.wish.source}"
-            head = f"{self.chosen} runs ({asked})"
-        elif self.wish is not None:
-            head = f"backend {self.wish.name}, asked for by {self.wish.source}, can't run this"
+            head = f"{self.chosen} runs ({asked}): {call}"
+        elif self.wish is None:
+            head = f"no attention backend can run this: {call}"
         else:
-            head = "no attention backend can run this"
-        lines = [f"{head}: {_short(self.request)}"]
-        for verdict in self.trace:
-            if verdict.accepts:
-                how = "accepts" if verdict.exact else "accepts, but runs only when named"
-                lines.append(f"  - {verdict.backend}: {how}")
-            else:
-                lines.append(f"  - {verdict.backend}: " + "; ".join(verdict.reasons))
+            # The trace begins with the backend that was asked for, and its reasons are what the caller needs to know.
+            asked_for, *rest = self.trace
+            reasons, others = "\n    ".join(asked_for.reasons), tuple(rest)
+            head = f"backend {self.wish.name}, asked for by {self.wish.source}, can't run this: {reasons}\n  the call: {call}"
+        lines = [head]
+        for verdict in others:
+            accepted = "accepts" if verdict.exact else "accepts, but runs only when named"
+            lines.append(f"  - {verdict.backend}: " + ("\n      ".join(verdict.reasons) or accepted))
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -202,7 +203,7 @@ def resolve_wish(
             continue
         if _is_auto(name):
             return None, ()
-        wish = Wish(backend_name(name), source)
+        wish = Wish(backend_name(name, "FASTVIDEO_ATTENTION_BACKEND: " if source == "environment" else ""), source)
         if supported is None or wish.name in supported:
             return wish, ()
         notes.append(f"{wish.name}, asked for by {source}, doesn't address this layer: it supports {', '.join(supported)}")
@@ -256,13 +257,17 @@ def get_attn_backend(
         supported_attention_backends: Backends that may be chosen; `None` means every one.
 
     Raises:
+        TypeError: A size, the dtype or the backends are of a wrong type.
+        ValueError: The size isn't positive, or there are no backends.
         BackendUnavailable: None can run it, or the one asked for by scope or environment can't.
 
     Example:
         >>> get_attn_backend(64, torch.float32).get_name()
         'TORCH_SDPA'
     """
-    check_sizes(1, 1, head_size)
+    head_size = as_size("head_size", head_size)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"expected dtype as a torch.dtype, such as torch.bfloat16, got {dtype!r}")
     system = current_platform()
     supported = supported_names(supported_attention_backends)
     request = AttentionRequest(1, 1, head_size, 1, 1, dtype, system.device_type, system=system)
@@ -270,15 +275,21 @@ def get_attn_backend(
     return load_backend(choose(request, wish, supported, notes).require())
 
 
-def supported_names(supported: tuple[BackendWish, ...] | None) -> tuple[str, ...] | None:
+def supported_names(supported: Iterable[BackendWish] | None) -> tuple[str, ...] | None:
     """Return the names of a layer's supported backends; `None` means every backend.
 
     Raises:
         TypeError: It is a single name instead of a tuple of names.
+        ValueError: It is empty.
     """
-    if isinstance(supported, str):
-        raise TypeError(f"expected supported_attention_backends as a tuple, got {supported!r}; write ({supported!r},)")
-    return None if supported is None else tuple(backend_name(backend) for backend in supported)
+    if supported is None:
+        return None
+    if isinstance(supported, str) or not isinstance(supported, Iterable):
+        raise TypeError(f"expected supported_attention_backends as a tuple, got {supported!r}; write (backend,) for one")
+    names = tuple(backend_name(backend) for backend in supported)
+    if not names:
+        raise ValueError(f"expected at least one backend to support, or None for every one, got {supported!r}")
+    return names
 
 
 def _is_auto(wish: BackendWish) -> bool:

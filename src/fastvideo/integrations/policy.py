@@ -14,6 +14,7 @@ from typing import Any
 from fastvideo.attention.registry import backend_name
 from fastvideo.attention.selector import BackendWish
 from fastvideo.integrations.intervals import Intervals, Numbers, contains, describe_intervals, parse_intervals
+from fastvideo.platforms import AttentionBackendEnum
 
 __all__ = ["AUTO", "OPTIONS", "ROLES", "AttentionPolicy", "Rule", "as_policy"]
 
@@ -207,9 +208,13 @@ def as_policy(attention: AttentionPolicy | BackendWish) -> AttentionPolicy:
         >>> as_policy("TORCH_SDPA").default
         'TORCH_SDPA'
     """
-    if isinstance(attention, Rule) or (isinstance(attention, Sequence) and not isinstance(attention, str)):
-        raise TypeError(f"expected a policy, a backend's name or 'auto', got {attention!r}; write AttentionPolicy(rules=[...])")
-    return attention if isinstance(attention, AttentionPolicy) else AttentionPolicy(default=attention)
+    if isinstance(attention, AttentionPolicy):
+        return attention
+    given: object = attention  # not the annotated type where a caller hands over something else
+    if not isinstance(given, (str, AttentionBackendEnum, type)):
+        kind = type(given).__name__
+        raise TypeError(f"expected a backend's name or an AttentionPolicy, got {kind}; write AttentionPolicy(rules=[...])")
+    return AttentionPolicy(default=attention)
 
 
 def _name(backend: BackendWish) -> str:
