@@ -15,6 +15,7 @@ from torch import nn
 
 from fastvideo.attention import DistributedAttention
 from fastvideo.distributed import current_sequence_group, sequence_parallel
+from fastvideo.distributed.agreement import RanksDisagree
 from fastvideo.distributed.parity import ParityReport, check_parallel_parity
 from fastvideo.forward_context import set_forward_context
 from fastvideo.models.wan import WanConfig, WanTransformer3DModel
@@ -208,6 +209,17 @@ def gradients_are_left_alone() -> ParityReport:
     return report
 
 
+def one_rank_raises() -> ParityReport:
+    """The last case: ranks that disagreed don't call each other again."""
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise ValueError("on purpose")
+
+    module = nn.Linear(4, 4)
+    plant(module, fail)
+    return check_parallel_parity(module, [draw(6, 4)], shard={0: 0})
+
+
 CASES = (
     wan_fp32,
     wan_bf16,
@@ -225,6 +237,7 @@ CASES = (
     parameters_called_output,
     parameters_called_output_in_a_layer,
     gradients_are_left_alone,
+    one_rank_raises,
 )
 
 
@@ -237,6 +250,8 @@ def main() -> None:
         try:
             report = case()
             reports[case.__name__] = {"passed": report.passed, "text": str(report), "num": report.num_compared}
+        except RanksDisagree as error:
+            reports[case.__name__] = {"passed": None, "text": str(error), "num": 0}
         except Exception:  # noqa: BLE001  # the report of one case must not hide the others
             reports[case.__name__] = {"passed": None, "text": traceback.format_exc(), "num": 0}
     (FOLDER / f"{RANK}.json").write_text(json.dumps(reports))

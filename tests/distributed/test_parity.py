@@ -60,6 +60,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     for name, first in FIRST.items():
         assert reports[0][name]["text"].startswith(f"2 ranks differ from one, first at {first}"), reports[0][name]["text"]
         assert reports[0][name]["passed"] is False
+    assert "rank 1 has step=raised ValueError: on purpose where rank 0 has" in reports[0]["one_rank_raises"]["text"]
 
 
 class Odd(nn.Module):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastvideo.distributed.mesh import LOCAL, SequenceGroup, as_sequence_group, current_sequence_group, sequence_parallel
 from fastvideo.distributed.parity_compare import (
     Divergence,
+    ErrorsTold,
     Place,
     Row,
     find_divergences,
@@ -124,38 +125,40 @@ def check_parallel_parity(
         TypeError: `module` is no module, or `inputs` no mapping and no sequence.
         ValueError: `shard` names an input that isn't there or no tensor, or a dim that it lacks, or the lengths don't fit; or
             there was nothing to compare, because no wanted submodule returns floating point tensors.
+        RanksDisagree: One rank raised, or made other calls; the message names it and the error, on every rank.
 
     Example:
         >>> str(check_parallel_parity(nn.Linear(3, 2), [torch.ones(4, 3)]))
         "1 ranks give one rank's numbers in all 5 tensors"
     """
     group = as_sequence_group(mesh) or current_sequence_group()
-    module = getattr(module, "_orig_mod", module)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"expected module as an nn.Module, whose layers are compared, got {type(module).__name__}")
-    whole = _named(inputs)
-    cuts = _cuts(whole, shard or {}, shard_lengths, group)
-    own = {name: cuts[name].cut(x) if name in cuts else x for name, x in whole.items()}
-    runner = Runner(module, loss, backward, only, isinstance(inputs, Mapping))
+    with ErrorsTold(group):
+        module = getattr(module, "_orig_mod", module)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected module as an nn.Module, whose layers are compared, got {type(module).__name__}")
+        whole = _named(inputs)
+        cuts = _cuts(whole, shard or {}, shard_lengths, group)
+        own = {name: cuts[name].cut(x) if name in cuts else x for name, x in whole.items()}
+        runner = Runner(module, loss, backward, only, isinstance(inputs, Mapping))
 
-    with sequence_parallel(None), without_meshes(module), torch.no_grad():
-        survey = runner.run(whole, LOCAL, None)
-    with sequence_parallel(group, shard_lengths=shard_lengths):
-        shared = runner.run(own, group, survey.output_shapes)
-    tables = gather_objects((survey.shapes, shared.shapes), group)
-    places = _places(tables, cuts, group)
-    with sequence_parallel(None), without_meshes(module):
-        alone = runner.run(whole, LOCAL, survey.output_shapes, places=places)
-        noisy = runner.run(whole, LOCAL, survey.output_shapes, places=places, rounding=Rounding(_ROUNDING_SEED))
-    rows = _rows(shared, alone, noisy, places, _partial_gradients(tables), group)
-    if not any(gather_objects(len(rows), group)):
-        raise ValueError(
-            "there was nothing to compare: expected some submodule, of those that only= asks for, to return floating point "
-            "tensors, alone or in tuples, lists, mappings or dataclasses; integers, complex numbers and other objects aren't "
-            "compared, so let the module return real tensors (torch.view_as_real)"
-        )
-    found = find_divergences(gather_objects(rows, group), group.ranks, factor, floor_ulps)
-    return ParityReport(group.size, len(rows), found)
+        with sequence_parallel(None), without_meshes(module), torch.no_grad():
+            survey = runner.run(whole, LOCAL, None)
+        with sequence_parallel(group, shard_lengths=shard_lengths):
+            shared = runner.run(own, group, survey.output_shapes)
+        tables = gather_objects((survey.shapes, shared.shapes), group)
+        places = _places(tables, cuts, group)
+        with sequence_parallel(None), without_meshes(module):
+            alone = runner.run(whole, LOCAL, survey.output_shapes, places=places)
+            noisy = runner.run(whole, LOCAL, survey.output_shapes, places=places, rounding=Rounding(_ROUNDING_SEED))
+        rows = _rows(shared, alone, noisy, places, _partial_gradients(tables), group)
+        if not any(gather_objects(len(rows), group)):
+            raise ValueError(
+                "there was nothing to compare: expected some submodule, of those that only= asks for, to return floating "
+                "point tensors, alone or in tuples, lists, mappings or dataclasses; integers, complex numbers and other "
+                "objects aren't compared, so let the module return real tensors (torch.view_as_real)"
+            )
+        found = find_divergences(gather_objects(rows, group), group.ranks, factor, floor_ulps)
+        return ParityReport(group.size, len(rows), found)
 
 
 _Shapes = dict[Label, tuple[int, ...]]

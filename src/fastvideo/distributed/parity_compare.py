@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from fastvideo.distributed.agreement import RanksDisagree, agree
 from fastvideo.distributed.mesh import SequenceGroup
 from fastvideo.distributed.parity_record import Label
 
 __all__ = [
     "Divergence",
+    "ErrorsTold",
     "Place",
     "Row",
     "find_divergences",
@@ -217,24 +219,59 @@ def _is_close(x: float, y: float, tolerance: float) -> bool:
     return x == y or (math.isnan(x) and math.isnan(y)) or abs(x - y) <= tolerance
 
 
+class ErrorsTold:
+    """A context in which an error on one rank ends the others too, which would wait for it.
+
+    Args:
+        group: The ranks.
+
+    Raises:
+        RanksDisagree: A rank raised, and the others didn't or raised something else. The message says which and what.
+
+    Example:
+        >>> with ErrorsTold(SequenceGroup("", (0,), 0)):
+        ...     pass
+    """
+
+    def __init__(self, group: SequenceGroup) -> None:
+        self._group = group
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RanksDisagree):
+            _agree_on(self._group, f"raised {type(error).__name__}: {error}")
+
+
 def gather_objects(value: Any, group: SequenceGroup) -> list[Any]:
     """Return every rank's value in the order of shards, on every rank."""
+    _agree_on(group, "gathers objects")
+    return _gathered(value, group)
+
+
+def sum_over_ranks(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """Return the sum of every rank's tensor, on every rank."""
+    _agree_on(group, f"adds up {tuple(x.shape)} of {x.dtype}")
+    x = x.clone()
+    for part in (group,) if group.name or group.size == 1 else (_part(group.ulysses), _part(group.ring)):
+        if part.size > 1:
+            dist.all_reduce(x, group=_process_group(part))
+    return x
+
+
+def _agree_on(group: SequenceGroup, step: str) -> None:
+    agree(torch.empty(0), group, operation="check_parallel_parity", step=step)
+
+
+def _gathered(value: Any, group: SequenceGroup) -> list[Any]:
     if group.size == 1:
         return [value]
     if group.name:
         found: list[Any] = [None] * group.size
         dist.all_gather_object(found, value, group=_process_group(group))
         return found
-    return [part for row in gather_objects(gather_objects(value, _part(group.ulysses)), _part(group.ring)) for part in row]
-
-
-def sum_over_ranks(x: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
-    """Return the sum of every rank's tensor, on every rank."""
-    x = x.clone()
-    for part in (group,) if group.name or group.size == 1 else (_part(group.ulysses), _part(group.ring)):
-        if part.size > 1:
-            dist.all_reduce(x, group=_process_group(part))
-    return x
+    return [part for row in _gathered(_gathered(value, _part(group.ulysses)), _part(group.ring)) for part in row]
 
 
 def _part(group: SequenceGroup | None) -> SequenceGroup:
