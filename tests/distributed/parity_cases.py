@@ -148,6 +148,10 @@ def uneven_shards() -> ParityReport:
     return check_attention(Attention(), shard_lengths=(9, 4))
 
 
+def uneven_by_default() -> ParityReport:
+    return check_attention(Attention())
+
+
 def partial_gradients() -> ParityReport:
     return check_attention(Attention(replicated_grad="partial"), shard_lengths=(7, 6))
 
@@ -230,6 +234,7 @@ CASES = (
     wan_shape,
     wan_only_attention,
     uneven_shards,
+    uneven_by_default,
     partial_gradients,
     layer_mesh,
     own_loss,

@@ -27,6 +27,7 @@ EQUAL = {
     "wan_bf16": 206,
     "wan_sparse": 214,
     "uneven_shards": 16,
+    "uneven_by_default": 16,
     "partial_gradients": 16,
     "layer_mesh": 16,
     "own_loss": 9,

@@ -109,7 +109,8 @@ def check_parallel_parity(
         mesh: Who shares the sequence; `None` means who would in a layer called here.
         shard: Dim along which an input is cut, by its name or number; others go whole to every rank. `None` cuts nothing: the
             module shards its sequence itself.
-        shard_lengths: Length of each rank's part; `None` cuts as evenly as it goes.
+        shard_lengths: Length of each rank's part; `None` cuts as evenly as it goes. Layers are told where all inputs are cut
+            alike; where they aren't, and not into equal parts, the module has to tell its layers itself.
         loss: The loss of a rank's outputs, a sum over their elements; `None` weighs outputs with fixed random numbers. What
             every rank returns whole counts with a share of one over the number of ranks.
         backward: Run and compare the backward pass too.
@@ -137,13 +138,13 @@ def check_parallel_parity(
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected module as an nn.Module, whose layers are compared, got {type(module).__name__}")
         whole = _named(inputs)
-        cuts = _cuts(whole, shard or {}, shard_lengths, group)
+        cuts, lengths = _cuts(whole, shard or {}, shard_lengths, group)
         own = {name: cuts[name].cut(x) if name in cuts else x for name, x in whole.items()}
         runner = Runner(module, loss, backward, only, isinstance(inputs, Mapping))
 
         with sequence_parallel(None), without_meshes(module), torch.no_grad():
             survey = runner.run(whole, LOCAL, None)
-        with sequence_parallel(group, shard_lengths=shard_lengths):
+        with sequence_parallel(group, shard_lengths=lengths):
             shared = runner.run(own, group, survey.output_shapes)
         tables = gather_objects((survey.shapes, shared.shapes), group)
         places = _places(tables, cuts, group)
@@ -230,9 +231,9 @@ def _named(inputs: Any) -> dict[Any, Any]:
 
 def _cuts(
     whole: Mapping[Any, Any], shard: Mapping[Any, int], lengths: Sequence[int] | None, group: SequenceGroup
-) -> dict[Any, Place]:
-    """Return this rank's part of each input that is cut."""
-    cuts = {}
+) -> tuple[dict[Any, Place], tuple[int, ...] | None]:
+    """Return this rank's part of each input that is cut, and the lengths to tell layers, if there are any."""
+    cuts, found = {}, set()
     for name, dim in shard.items():
         x = whole.get(name)
         if not isinstance(x, torch.Tensor):
@@ -244,4 +245,8 @@ def _cuts(
         if len(parts) != group.size or sum(parts) != x.shape[dim]:
             raise ValueError(f"expected shard_lengths of {group.size} ranks that add up to {x.shape[dim]}, got {parts}")
         cuts[name] = Place(dim, sum(parts[: group.rank]), parts[group.rank])
-    return cuts
+        found.add(parts)
+    if lengths is not None:
+        return cuts, tuple(lengths)
+    # Equal parts are what layers expect, and some may be of other lengths than the inputs.
+    return cuts, found.pop() if len(found) == 1 and len(set(*found)) > 1 else None
