@@ -152,5 +152,5 @@ def test_second_derivatives_raise(name) -> None:
     output = attend_in_parts(kernels, steps, *leaves[:3], LOCAL, mask=leaves[3])
     for grad in torch.autograd.grad(output.square().sum(), leaves, create_graph=True):
         for leaf in leaves:
-            with pytest.raises(NotImplementedError, match="second one, which is not implemented"):
+            with pytest.raises(NotImplementedError, match="got a second one"):
                 torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True, allow_unused=True)

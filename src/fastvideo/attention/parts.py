@@ -16,7 +16,6 @@ from fastvideo.attention.backends import torch_sdpa
 from fastvideo.attention.backends.dense import with_positive_scale
 from fastvideo.attention.backends.flash_attn.kernels import NOT_PACKED
 from fastvideo.attention.dispatch import Selected
-from fastvideo.second_derivatives import without_second_derivatives
 
 __all__ = ["BackendParts"]
 
@@ -45,7 +44,6 @@ class BackendParts:
         output, lse = (self._causal if is_causal else self._selected).forward(query, key, value, None, extras)
         return output, lse
 
-    @without_second_derivatives  # the log-sum-exp is taken for a constant
     def backward(
         self,
         grad_output: torch.Tensor,

@@ -241,8 +241,8 @@ def agreed(call: SharedCall, group: SequenceGroup, layout: Layout, backend: str,
         "float8": call.sends_float8,
         "scale": call.scale,
     }
-    agree(call.query, group, **fields)
-    call = replace(call, agreed_on=fields)
+    query = agree(call.query, group, **fields)
+    call = replace(call, query=query, agreed_on=fields)
     return _with_one_gradient(call) if "+" in gradients and group.size > 1 else call
 
 

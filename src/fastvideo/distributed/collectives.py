@@ -21,8 +21,8 @@ import torch
 from fastvideo.distributed.agreement import explain_transport_error
 from fastvideo.distributed.direct import direct_exchange, finish_direct
 from fastvideo.distributed.mesh import SequenceGroup
-from fastvideo.distributed.once import differentiable_once
 from fastvideo.distributed.routes import Cut, Route, gather_route, has_own_places
+from fastvideo.second_derivatives import differentiable_once
 from fastvideo.tangents import refuse_tangents
 
 __all__ = [

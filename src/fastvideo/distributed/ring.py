@@ -21,9 +21,9 @@ import torch
 from fastvideo.distributed.collectives import Launched, arrive, give_back, kept, lend
 from fastvideo.distributed.merge import PartialMerger
 from fastvideo.distributed.mesh import SequenceGroup
-from fastvideo.distributed.once import differentiable_once
 from fastvideo.distributed.routes import Cut, Interval, Route
 from fastvideo.distributed.shards import split_lengths
+from fastvideo.second_derivatives import differentiable_once
 
 __all__ = [
     "PartKernels",

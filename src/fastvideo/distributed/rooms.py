@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastvideo.distributed.once import differentiable_once
+from fastvideo.second_derivatives import differentiable_once
 
 __all__ = ["Room", "cut", "join"]
 

@@ -161,7 +161,7 @@ def test_second_derivatives_of_the_log_sum_exp_raise(of: int) -> None:
     leaves = (inputs["query"], inputs["key"])
     grads = torch.autograd.grad(run(**inputs, return_lse=True)[1].sum(), leaves, create_graph=True)
     for leaf in leaves:
-        with pytest.raises(RuntimeError, match="second one, which is not implemented"):
+        with pytest.raises(RuntimeError, match="got a second one"):
             torch.autograd.grad(grads[of].square().sum(), leaf, retain_graph=True, allow_unused=True)
 
 

@@ -25,7 +25,7 @@ from fastvideo.attention.backends.abstract import (
 from fastvideo.attention.backends.dense import DenseMetadataBuilder, common_rejections, with_positive_scale
 from fastvideo.attention.request import AttentionRequest
 from fastvideo.compilation import constant_while_tracing
-from fastvideo.second_derivatives import differentiable_once
+from fastvideo.second_derivatives import differentiable_once_view
 
 __all__ = ["TorchSDPABackend", "TorchSDPAImpl", "cudnn_refusals"]
 
@@ -273,7 +273,7 @@ def _attend_with_lse(
         # Kernels give no gradient through the log-sum-exp. With P the attention weights, it is `scale * P @ k` for the
         # query and `scale * P^T @ q` for the key: the gradients of `q . attention(q', k', value=k)`, primes detached.
         # Those gradients take P for a constant, so they have none themselves.
-        q, k = differentiable_once(q), differentiable_once(k)
+        q, k = differentiable_once_view(q), differentiable_once_view(k)
         mean_key = _attend(q.detach(), k.detach(), k, mask, is_causal, scale, 0.0)
         linear = scale * (q.to(lse.dtype) * mean_key.to(lse.dtype)).sum(-1)
         lse = lse + (linear - linear.detach())
