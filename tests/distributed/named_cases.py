@@ -406,7 +406,9 @@ def cases(mesh, device: str) -> dict[str, Callable[[], None]]:
         return {}
     named = dict(NAMED)
     if size == 2:
-        named |= COMPILED | OPTIMISED
+        # Of float64 on a CPU torch 2.11 tells compilers a log-sum-exp in float32.
+        has_rings = device == "cuda" or torch.__version__ >= (2, 12)
+        named |= {name: case for name, case in (COMPILED | OPTIMISED).items() if has_rings or case.layout != "ring"}
     elif size == 4:
         named["compiled, mesh"] = COMPILED["compiled, mesh"]
         named["compiled, VSA on a mesh"] = Named(compiled=True, vsa=True, gate=True, replicated=3, on="scope")
