@@ -10,12 +10,14 @@ import contextlib
 import pytest
 import torch
 
+from fastvideo.platforms import triton_launch
+
 from .rows_cases import ROWS, check_copying
 
 
 @pytest.fixture(autouse=True)
 def _no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(triton_launch, "_stream", lambda *_args: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
 
 

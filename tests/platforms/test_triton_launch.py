@@ -142,6 +142,14 @@ def test_addresses_on_a_stream(recorder: Recorder, monkeypatch: pytest.MonkeyPat
     assert (first[:2], second[:2]) == ([1 << 44, 3 << 44], [5 << 44, 7 << 44])
 
 
+def test_the_default_stream_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes an external stream of handle 0 for a wish for a stream of its pool."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device))
+    assert triton_launch._stream(1, 0) == ("default", 1)
+    assert triton_launch._stream(1, 9) == (9, 1)
+
+
 def test_who_hooks_into_launches_is_told(recorder: Recorder) -> None:
     prepared = PreparedKernel(add_kernel, (1,), ("x", "y", "total"), {"count": 5, "plain": 2, "factor": 1.0, "SIZE": 256})
     prepared(*tensors())
