@@ -399,7 +399,7 @@ class DistributedAttention_VSA(DistributedAttention):
     """`DistributedAttention` by Video Sparse Attention (2505.13389), with a gate for its coarse part.
 
     Every video token sees the tokens of the tiles that its own tile selects, and all replicated tokens; replicated tokens see
-    everything. A tile with a NaN among its keys is selected by all, so that it shows. The tiles and how many of them are kept
+    everything. A NaN among a tile's keys counts as the highest score, so that it shows. The tiles and how many of them are kept
     stand in the step's metadata, built by `VideoSparseAttentionMetadataBuilder` and set with `set_forward_context`. Arguments,
     gradients and errors are those of `DistributedAttention`; `backend=None` means `VIDEO_SPARSE_ATTN`.
 

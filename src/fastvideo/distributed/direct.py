@@ -224,7 +224,7 @@ def _wait_for_readers(memory: PeerMemory, stream: Any, waits: Sequence[tuple[int
 
 
 def _copy_by_kernel(piece: Piece, tensors: Sequence[torch.Tensor], target: torch.Tensor, start: int = 0) -> None:
-    """Copy what copy engines can't take, or what they would take longer for."""
+    """Copy what is no rows at equal distances."""
     copy_wide(_tensor(piece.target, target, start), _tensor(piece.source, tensors[piece.source.base]))
 
 

@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a tensor, where it goes, and how copy engines take it there; `None` where they can't."""
+    """A part of a tensor, where it goes, and the rows that are copied there; `None` where it is none at equal distances."""
 
     target: Form
     source: Form
@@ -44,8 +44,8 @@ class Fetching(NamedTuple):
         readers: Peers that fetch from this rank.
         packs: What goes to this rank's region; what is fetched first comes first.
         own: What stays on this rank.
-        stays: The moves of that, where copy engines take it.
-        is_copied: Copy engines take all that is packed.
+        stays: The moves of that, where it is rows.
+        is_copied: All that is packed is rows, so that a stream beside the caller's can copy it.
         fetches: What this rank fetches, by peer, next rank first.
         shapes: Of what is received.
     """
